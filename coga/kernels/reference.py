@@ -1,0 +1,544 @@
+"""Plain PyTorch attention over near tokens, opened groups and group summaries: the ground truth.
+
+For a token at position i in window w = i // W, one softmax over four parts (DESIGN: section 6):
+
+    near     j in [max(0, (w-1) W), i]      s_ij = q_i . k_j + alpha_h (q_j . c_i)[0 <= i-j < band]
+    opened   members j of opened groups     s_ij = q_i . k_j
+    far      unopened groups m < (w-1) G    s_im = q_i . g_m + log|g_m| + bias_h
+    sink     a logit per head whose value is zero
+
+k_j is the whole latent (content and rotary part), c_i its first C dims; the value of a token or a group is
+the first C dims of its latent. Queries arrive scaled: gain_h / sqrt(L) is inside q.
+
+Memory: queries are taken in chunks, and the backward pass recomputes each chunk, so neither T x T scores
+nor the opened members of all tokens exist at once. Cost: O(T (W + K S + T/R) H L).
+
+Legend: B batch, T tokens, t queries of a chunk, s keys of a chunk, H heads, C content width, L = C + P,
+M groups, G groups in a window, K opened groups a token, S slots of a group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from coga.types import Far
+
+__all__ = [
+    "CHUNK",
+    "Parts",
+    "attend",
+    "attend_backward",
+    "attend_chunk",
+    "attention_parts",
+    "gather_members",
+    "group_attend",
+    "group_attend_backward",
+    "rounding_step",
+    "select",
+    "visible_groups",
+]
+
+CHUNK = 128  # queries at a time: 128 x K*S members x L floats is the largest temporary
+
+STEPS = {
+    torch.float64: 2.0**-32,
+    torch.float32: 2.0**-12,
+    torch.bfloat16: 2.0**-6,
+    torch.float16: 2.0**-8,
+}
+
+
+def rounding_step(dtype: torch.dtype) -> float:
+    """Step to which scores are rounded before a discrete choice, so that one ulp moves no token."""
+    return STEPS[dtype]
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least float32: half precision is raised, float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def visible_groups(position: Tensor, window: int, groups: int) -> Tensor:
+    """How many groups a token may read: those of windows 0 .. w-2, so max(0, w-1) * G."""
+    return (position // window - 1).clamp_min(0) * groups
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Probabilities of one chunk: near_BtHs, opened_BtHk (k = K*S), far_BtHm, sink_BtH."""
+
+    near_BtHs: Tensor
+    opened_BtHk: Tensor | None
+    far_BtHm: Tensor | None
+    sink_BtH: Tensor | None
+    lse_BtH: Tensor
+
+
+def gather_members(far: Far, open_BtK: Tensor) -> tuple[Tensor, Tensor]:
+    """Members of the opened groups: latents (B, t, K*S, L) and a mask (B, t, K*S)."""
+    assert far.slot_BSL is not None
+    slot = torch.arange(far.slots, device=open_BtK.device)
+    valid_BtK = open_BtK >= 0
+    flat = rearrange(open_BtK.clamp_min(0), "b t k -> b (t k)")
+    start, size = (
+        rearrange(x.gather(1, flat), "b (t k) -> b t k 1", t=open_BtK.shape[1])
+        for x in (far.offset_BM, far.size_BM)
+    )
+    mask = (slot < size) & valid_BtK[..., None]
+    index = rearrange(torch.where(mask, start + slot, 0), "b t k s -> b (t k s)")
+    width = far.slot_BSL.shape[-1]
+    members = far.slot_BSL.gather(1, index[..., None].expand(-1, -1, width))
+    mask = rearrange(mask, "b t k s -> b t (k s)")
+    return members.view(*mask.shape, width), mask
+
+
+def _scores(q_BtHL: Tensor, key_BsL: Tensor) -> Tensor:
+    """q . k for one latent shared by all heads: (B, t, H, s)."""
+    rows = rearrange(q_BtHL, "b t h l -> b (t h) l") @ key_BsL.transpose(1, 2)
+    return rearrange(rows, "b (t h) s -> b t h s", h=q_BtHL.shape[2])
+
+
+def _mix(prob_BtHs: Tensor, value_BsC: Tensor) -> Tensor:
+    rows = rearrange(prob_BtHs, "b t h s -> b (t h) s") @ value_BsC
+    return rearrange(rows, "b (t h) c -> b t h c", h=prob_BtHs.shape[2])
+
+
+def attention_parts(
+    q_BtHL: Tensor,
+    position: Tensor,
+    key_BsL: Tensor,
+    key_position: Tensor,
+    *,
+    content: int,
+    window: int | None,
+    band: int = 0,
+    alpha_H: Tensor | None = None,
+    c_BtC: Tensor | None = None,
+    key_query_BnHC: Tensor | None = None,
+    sink_H: Tensor | None = None,
+    far: Far | None = None,
+    members: tuple[Tensor, Tensor] | None = None,
+) -> Parts:
+    """Probabilities of the four parts for one chunk of queries.
+
+    position      (t,) or (B, t), absolute positions of the queries
+    key_position  (s,) or (B, s), absolute positions of the keys; negative where a key is absent
+    key_query_BnHC  content queries of the LAST n keys; between them they cover the band
+    c_BtC         content latents of the queries, read by the reciprocal term
+    members       latents (B, t, K*S, L) and mask of `gather_members`
+    """
+    pos = position[..., :, None]
+    kpos = key_position[..., None, :]
+    lowest = torch.zeros_like(pos) if window is None else (pos // window - 1).clamp_min(0) * window
+    seen = (kpos <= pos) & (kpos >= lowest)  # a negative key position is never seen
+    near = _scores(q_BtHL, key_BsL)
+    if alpha_H is not None and band > 0:
+        assert key_query_BnHC is not None and c_BtC is not None
+        n, heads = key_query_BnHC.shape[1:3]
+        distance = pos - kpos[..., -n:]
+        inside = (distance >= 0) & (distance < band)
+        keys = rearrange(key_query_BnHC, "b n h c -> b c (h n)")
+        term = rearrange(c_BtC @ keys, "b t (h n) -> b t h n", h=heads) * alpha_H[:, None]
+        term = term.masked_fill(~inside[..., None, :], 0)
+        near = torch.cat([near[..., :-n], near[..., -n:] + term], -1)
+    scores = [near.masked_fill(~seen[..., None, :], -torch.inf)]
+    if far is not None:
+        count = far.group_BML.shape[1]
+        summary = _scores(q_BtHL, far.group_BML)
+        summary = summary + far.log_size_BM.to(summary.dtype)[:, None, None]
+        summary = summary + far.far_bias_H.to(summary.dtype)[:, None]
+        assert window is not None
+        group = torch.arange(count, device=q_BtHL.device)
+        hidden = group >= visible_groups(position, window, far.groups)[..., None]
+        if far.open_BTK is not None:
+            opened = torch.zeros(*far.open_BTK.shape[:2], count + 1, dtype=torch.bool, device=q_BtHL.device)
+            index = torch.where(far.open_BTK >= 0, far.open_BTK, count)
+            hidden = hidden | opened.scatter(2, index, True)[..., :count]
+        scores.append(summary.masked_fill(hidden[..., None, :], -torch.inf))
+    if members is not None:
+        latent, mask = members
+        direct = q_BtHL @ latent.transpose(-1, -2)
+        scores.append(direct.masked_fill(~mask[:, :, None], -torch.inf))
+    if sink_H is not None:
+        rows = scores[0].shape[:-1]
+        scores.append(sink_H.to(scores[0].dtype)[:, None].expand(*rows, 1))
+    together = torch.cat(scores, -1)
+    prob, lse = _softmax(together)
+    pieces = list(prob.split([s.shape[-1] for s in scores], -1))
+    return Parts(
+        near_BtHs=pieces.pop(0),
+        far_BtHm=pieces.pop(0) if far is not None else None,
+        opened_BtHk=pieces.pop(0) if members is not None else None,
+        sink_BtH=pieces.pop(0)[..., 0] if sink_H is not None else None,
+        lse_BtH=lse,
+    )
+
+
+def attend_chunk(
+    q_BtHL: Tensor,
+    position: Tensor,
+    key_BsL: Tensor,
+    key_position: Tensor,
+    *,
+    content: int,
+    far: Far | None = None,
+    members: tuple[Tensor, Tensor] | None = None,
+    **options,
+) -> tuple[Tensor, Tensor]:
+    """Output (B, t, H, C) and log-sum-exp (B, t, H) of one chunk; arguments as `attention_parts`."""
+    parts = attention_parts(
+        q_BtHL, position, key_BsL, key_position, content=content, far=far, members=members, **options
+    )
+    out = _mix(parts.near_BtHs, key_BsL[..., :content])
+    if parts.far_BtHm is not None:
+        assert far is not None
+        out = out + _mix(parts.far_BtHm, far.group_BML[..., :content])
+    if parts.opened_BtHk is not None:
+        assert members is not None
+        out = out + parts.opened_BtHk @ members[0][..., :content]
+    return out, parts.lse_BtH
+
+
+def _chunks(length: int, window: int | None, band: int):
+    """(first query, end, first key, first key inside the band) of each chunk."""
+    for start in range(0, length, CHUNK):
+        end = min(start + CHUNK, length)
+        low = 0 if window is None else max(0, (start // window - 1) * window)
+        yield start, end, low, max(low, start - band + 1)
+
+
+def _far_chunk(far: Far | None, start: int, end: int, window: int | None) -> Far | None:
+    """The groups that queries start..end-1 may read; None when there are none yet."""
+    if far is None:
+        return None
+    assert window is not None
+    count = min(max(0, (end - 1) // window - 1) * far.groups, far.group_BML.shape[1])
+    if count == 0:
+        return None
+    return replace(
+        far,
+        group_BML=far.group_BML[:, :count],
+        log_size_BM=far.log_size_BM[:, :count],
+        open_BTK=None if far.open_BTK is None else far.open_BTK[:, start:end],
+    )
+
+
+def attend(
+    q_BTHL: Tensor,
+    latent_BTL: Tensor,
+    *,
+    content: int,
+    window: int | None = None,
+    band: int = 0,
+    alpha_H: Tensor | None = None,
+    sink_H: Tensor | None = None,
+    far: Far | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of a whole sequence from position 0: output (B, T, H, C), log-sum-exp (B, T, H).
+
+    window None reads the whole past exactly (`full`). Computed in at least float32, returned in the dtype
+    of q (the log-sum-exp in the wide one). Differentiable, but keeps every chunk: models use the op of
+    `coga.kernels.dispatch`, whose backward is `attend_backward`.
+    """
+    dtype = q_BTHL.dtype
+    args = _Inputs.of(q_BTHL, latent_BTL, alpha_H, sink_H, far)
+    length = q_BTHL.shape[1]
+    outs, lses = [], []
+    for bounds in _chunks(length, window, band if alpha_H is not None else 1):
+        out, lse = attend_chunk(**args.chunk(bounds, content, window, band))
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs, 1).to(dtype), torch.cat(lses, 1)
+
+
+@dataclass
+class _Inputs:
+    """Everything `attend` reads, raised to the wide dtype."""
+
+    q: Tensor
+    latent: Tensor
+    alpha: Tensor | None
+    sink: Tensor | None
+    far: Far | None
+
+    @classmethod
+    def of(cls, q, latent, alpha, sink, far) -> _Inputs:
+        if far is not None:
+            slot = None if far.slot_BSL is None else wide(far.slot_BSL)
+            far = replace(far, group_BML=wide(far.group_BML), slot_BSL=slot, far_bias_H=wide(far.far_bias_H))
+            if far.group_BML.shape[1] == 0:
+                far = None
+        alpha, sink = (None if x is None else wide(x) for x in (alpha, sink))
+        return cls(wide(q), wide(latent), alpha, sink, far)
+
+    def chunk(self, bounds, content, window, band) -> dict:
+        """Arguments of `attention_parts` and `attend_chunk` for one chunk."""
+        start, end, low, low_band = bounds
+        far = _far_chunk(self.far, start, end, window)
+        members = None
+        if far is not None and far.open_BTK is not None:
+            members = gather_members(far, far.open_BTK)
+        return dict(
+            q_BtHL=self.q[:, start:end],
+            position=torch.arange(start, end, device=self.q.device),
+            key_BsL=self.latent[:, low:end],
+            key_position=torch.arange(low, end, device=self.q.device),
+            content=content,
+            window=window,
+            band=band,
+            alpha_H=self.alpha,
+            c_BtC=self.latent[:, start:end, :content],
+            key_query_BnHC=None if self.alpha is None else self.q[:, low_band:end, :, :content],
+            sink_H=self.sink,
+            far=far,
+            members=members,
+        )
+
+
+def _member_index(far: Far, open_BtK: Tensor) -> Tensor:
+    """Slot of every gathered member (B, t*K*S), in the order of `gather_members`."""
+    flat = rearrange(open_BtK.clamp_min(0), "b t k -> b (t k)")
+    slot = torch.arange(far.slots, device=open_BtK.device)
+    index = far.offset_BM.gather(1, flat)[..., None] + slot
+    assert far.slot_BSL is not None
+    return rearrange(index.clamp_max(far.slot_BSL.shape[1] - 1), "b n s -> b (n s)")
+
+
+def _keys_backward(ds: Tensor, prob: Tensor, q: Tensor, grad: Tensor, key: Tensor, content: int):
+    """Gradients of queries and of keys shared by all heads, given the gradient of the scores."""
+    heads = q.shape[2]
+    dq = rearrange(rearrange(ds, "b t h s -> b (t h) s") @ key, "b (t h) l -> b t h l", h=heads)
+    dkey = rearrange(ds, "b t h s -> b s (t h)") @ rearrange(q, "b t h l -> b (t h) l")
+    value = rearrange(prob, "b t h s -> b s (t h)") @ rearrange(grad, "b t h c -> b (t h) c")
+    dkey[..., :content] += value
+    return dq, dkey
+
+
+def attend_backward(
+    grad_BTHC: Tensor,
+    out_BTHC: Tensor,
+    lse_BTH: Tensor,
+    q_BTHL: Tensor,
+    latent_BTL: Tensor,
+    *,
+    content: int,
+    window: int | None = None,
+    band: int = 0,
+    alpha_H: Tensor | None = None,
+    sink_H: Tensor | None = None,
+    far: Far | None = None,
+) -> dict[str, Tensor]:
+    """Gradients of `attend`, one recomputed chunk at a time.
+
+    With p the probabilities and v the values, the gradient of a score is
+    ds = p (do . v - do . o), whatever part of the softmax it belongs to.
+    Returns wide tensors by name: q, latent and, where present, alpha, sink, group, far_bias, slot.
+    """
+    args = _Inputs.of(q_BTHL, latent_BTL, alpha_H, sink_H, far)
+    grads = {"q": torch.zeros_like(args.q), "latent": torch.zeros_like(args.latent)}
+    named = [("alpha", args.alpha), ("sink", args.sink)]
+    if far is not None:
+        named += [("group", wide(far.group_BML)), ("far_bias", wide(far.far_bias_H))]
+        named += [("slot", None if far.slot_BSL is None else wide(far.slot_BSL))]
+    grads |= {name: torch.zeros_like(x) for name, x in named if x is not None}
+    reach = band if alpha_H is not None else 1
+    for bounds in _chunks(q_BTHL.shape[1], window, reach):
+        chunk = args.chunk(bounds, content, window, band)
+        rows = slice(bounds[0], bounds[1])
+        grad = wide(grad_BTHC[:, rows])
+        # The output of this dtype, as rounded as the forward returned it, is exact enough for delta.
+        delta = (grad * wide(out_BTHC[:, rows])).sum(-1)[..., None]
+        _chunk_backward(grads, chunk, bounds, grad, delta)
+    return grads
+
+
+def _chunk_backward(grads, chunk, bounds, grad: Tensor, delta: Tensor) -> None:
+    start, end, low, low_band = bounds
+    q, key, content = chunk["q_BtHL"], chunk["key_BsL"], chunk["content"]
+    far, members, alpha = chunk["far"], chunk["members"], chunk["alpha_H"]
+    heads = q.shape[2]
+    parts = attention_parts(**chunk)
+    near = parts.near_BtHs
+    ds = near * (_scores(grad, key[..., :content]) - delta)
+    dq, dkey = _keys_backward(ds, near, q, grad, key, content)
+    grads["latent"][:, low:end] += dkey
+    if alpha is not None:
+        n = end - low_band
+        distance = chunk["position"][:, None] - chunk["key_position"][-n:]
+        inside = (distance >= 0) & (distance < chunk["band"])
+        band_ds = ds[..., -n:].masked_fill(~inside[:, None], 0)
+        key_query, c = chunk["key_query_BnHC"], chunk["c_BtC"]
+        rows = rearrange(band_ds * alpha[:, None], "b t h n -> b t (h n)")
+        grads["latent"][:, start:end, :content] += rows @ rearrange(key_query, "b n h c -> b (h n) c")
+        dkey_query = rearrange(rows.transpose(1, 2) @ c, "b (h n) c -> b n h c", h=heads)
+        grads["q"][:, low_band:end, :, :content] += dkey_query
+        term = c @ rearrange(key_query, "b n h c -> b c (h n)")
+        term = rearrange(term, "b t (h n) -> b t h n", h=heads)
+        grads["alpha"] += (band_ds * term).sum((0, 1, 3))
+    if far is not None:
+        group, prob = far.group_BML, parts.far_BtHm
+        ds = prob * (_scores(grad, group[..., :content]) - delta)
+        far_dq, dgroup = _keys_backward(ds, prob, q, grad, group, content)
+        dq = dq + far_dq
+        grads["group"][:, : group.shape[1]] += dgroup
+        grads["far_bias"] += ds.sum((0, 1, 3))
+    if members is not None:
+        latent, prob = members[0], parts.opened_BtHk
+        ds = prob * (grad @ latent[..., :content].transpose(-1, -2) - delta)
+        dq = dq + ds @ latent
+        dmember = ds.transpose(-1, -2) @ q
+        dmember[..., :content] += prob.transpose(-1, -2) @ grad
+        index = _member_index(far, far.open_BTK)[..., None]
+        value = rearrange(dmember, "b t k l -> b (t k) l")
+        # Masked members have zero gradient, so the slot they point at does not matter.
+        grads["slot"].scatter_add_(1, index.expand_as(value), value)
+    if chunk["sink_H"] is not None:
+        grads["sink"] += (parts.sink_BtH * -delta[..., 0]).sum((0, 1))
+    grads["q"][:, start:end] += dq
+
+
+def select(
+    index_q_BtL: Tensor,
+    position: Tensor,
+    group_BML: Tensor,
+    log_size_BM: Tensor,
+    *,
+    count: int,
+    window: int,
+    groups: int,
+    step: float,
+) -> Tensor:
+    """The K = `count` far groups each token opens: (B, t, min(K, M)) int64, ascending, -1 for none.
+
+    score[t, m] = index_q_t . g_m + log|g_m|, rounded to `step`; ties go to the lower group. Every token
+    selects for itself, among the groups of windows <= w-2. No gradient.
+    """
+    total = group_BML.shape[1]
+    keep = min(count, total)
+    group = torch.arange(total, device=group_BML.device)
+    q, g, log_size = (wide(x.detach()) for x in (index_q_BtL, group_BML, log_size_BM))
+    position = position.expand(q.shape[0], -1) if position.ndim == 1 else position
+    picked = []
+    for start in range(0, q.shape[1], 4 * CHUNK):
+        rows = slice(start, start + 4 * CHUNK)
+        score = q[:, rows] @ g.transpose(1, 2) + log_size[:, None].to(q.dtype)
+        absent = (group >= visible_groups(position[:, rows], window, groups)[..., None]) | (
+            log_size[:, None].isinf()
+        )
+        # One integer key orders by rounded score first, then by lower group.
+        rounded = (score.masked_fill(absent, 0) / step).round().to(torch.int64)
+        key = torch.where(absent, torch.iinfo(torch.int64).min, rounded * total + (total - 1 - group))
+        best, index = key.topk(keep, dim=-1)
+        index = torch.where(best == torch.iinfo(torch.int64).min, total, index)
+        index = index.sort(-1).values
+        picked.append(torch.where(index == total, -1, index))
+    return torch.cat(picked, 1)
+
+
+def _group_scores(q, query_window, latent, log_size, key_window, alpha, c, key_query):
+    """Scores (B, m, H, M) of group attention, the reciprocal term unscaled, and its mask."""
+    lag = query_window[:, :, None] - key_window
+    score = _scores(q, latent) + log_size[:, None, None].to(q.dtype)
+    term = near = None
+    if alpha is not None:
+        n, heads = key_query.shape[1:3]
+        term = c @ rearrange(key_query, "b n h c -> b c (h n)")
+        term = rearrange(term, "b t (h n) -> b t h n", h=heads)
+        near = ((lag[..., -n:] >= 0) & (lag[..., -n:] <= 1))[:, :, None]
+        added = (term * alpha[:, None]).masked_fill(~near, 0)
+        score = torch.cat([score[..., :-n], score[..., -n:] + added], -1)
+    return score.masked_fill((lag < 0)[:, :, None], -torch.inf), term, near
+
+
+def _softmax(score: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities and log-sum-exp; a row with nothing to read gives zeros, not NaN."""
+    lse = torch.logsumexp(score, -1)
+    return torch.exp(score - torch.where(lse.isinf(), 0.0, lse)[..., None]), lse
+
+
+def group_attend(
+    q_BmHL: Tensor,
+    query_window: Tensor,
+    latent_BML: Tensor,
+    log_size_BM: Tensor,
+    *,
+    content: int,
+    groups: int,
+    alpha_H: Tensor | None = None,
+    key_query_BnHC: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Groups attend to the raw group latents of windows <= their own: (B, m, H, C) and log-sum-exp.
+
+    s_ij = q_i . g_j + log|g_j| + alpha_h (q_j . c_i)[window_i - window_j in {0, 1}]
+
+    query_window    (m,) or (B, m): window of each query group; keys lie in windows 0, 0, .., 1, 1, ..
+    key_query_BnHC  content queries of the LAST n key groups (None: the queries are the keys)
+    The content part c_i of a query group is read from `latent_BML`: query groups are the LAST m keys.
+    """
+    dtype = q_BmHL.dtype
+    q, latent, log_size = wide(q_BmHL), wide(latent_BML), wide(log_size_BM)
+    rows, total = q.shape[1], latent.shape[1]
+    key_window = torch.arange(total, device=q.device) // groups
+    query_window = query_window.expand(q.shape[0], -1) if query_window.ndim == 1 else query_window
+    key_query = q[..., :content] if key_query_BnHC is None else wide(key_query_BnHC)
+    own = latent[:, total - rows :, :content]
+    alpha = None if alpha_H is None else wide(alpha_H)
+    outs, lses = [], []
+    for start in range(0, rows, CHUNK):
+        part = slice(start, start + CHUNK)
+        score, _, _ = _group_scores(
+            q[:, part], query_window[:, part], latent, log_size, key_window, alpha, own[:, part], key_query
+        )
+        prob, lse = _softmax(score)
+        outs.append(_mix(prob, latent[..., :content]))
+        lses.append(lse)
+    return torch.cat(outs, 1).to(dtype), torch.cat(lses, 1)
+
+
+def group_attend_backward(
+    grad_BMHC: Tensor,
+    out_BMHC: Tensor,
+    lse_BMH: Tensor,
+    q_BMHL: Tensor,
+    latent_BML: Tensor,
+    log_size_BM: Tensor,
+    *,
+    content: int,
+    groups: int,
+    alpha_H: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Gradients of `group_attend` over all groups of a sequence, recomputed chunk by chunk (wide)."""
+    q, latent, log_size = wide(q_BMHL), wide(latent_BML), wide(log_size_BM)
+    alpha = None if alpha_H is None else wide(alpha_H)
+    grads = {"q": torch.zeros_like(q), "latent": torch.zeros_like(latent)}
+    if alpha is not None:
+        grads["alpha"] = torch.zeros_like(alpha)
+    window = (torch.arange(q.shape[1], device=q.device) // groups).expand(q.shape[0], -1)
+    size = max(1, CHUNK // groups) * groups  # whole windows, so that the keys end with the queries
+    for start in range(0, q.shape[1], size):
+        end = min(start + size, q.shape[1])
+        low = max(0, start // groups - 1) * groups  # reciprocal partners: own and previous window
+        rows = slice(start, end)
+        c, key_query, key = latent[:, rows, :content], q[:, low:end, :, :content], latent[:, :end]
+        score, term, near = _group_scores(
+            q[:, rows], window[:, rows], key, log_size[:, :end], window[0, :end], alpha, c, key_query
+        )
+        prob, _ = _softmax(score)
+        grad = wide(grad_BMHC[:, rows])
+        delta = (grad * wide(out_BMHC[:, rows])).sum(-1)[..., None]
+        ds = prob * (_scores(grad, key[..., :content]) - delta)
+        dq, dkey = _keys_backward(ds, prob, q[:, rows], grad, key, content)
+        grads["q"][:, rows] += dq
+        grads["latent"][:, :end] += dkey
+        if alpha is not None:
+            band_ds = ds[..., low - end :].masked_fill(~near, 0)
+            scaled = rearrange(band_ds * alpha[:, None], "b t h n -> b t (h n)")
+            grads["latent"][:, rows, :content] += scaled @ rearrange(key_query, "b n h c -> b (h n) c")
+            back = rearrange(scaled.transpose(1, 2) @ c, "b (h n) c -> b n h c", h=q.shape[2])
+            grads["q"][:, low:end, :, :content] += back
+            grads["alpha"] += (band_ds * term).sum((0, 1, 3))
+    return grads

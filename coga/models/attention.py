@@ -1,0 +1,188 @@
+"""CoGA attention: near tokens exactly, far tokens through groups, the few best groups opened.
+
+One module serves the patterns "near" (window only), "full" (dense latent attention) and a group size; they
+share parameter names, so `with_layers` moves weights between them. The equations are in
+`coga.kernels.reference` (attention), `coga.grouping` and `coga.models.group_level`.
+
+Legend: B batch, T tokens, H heads, C content width, L = C + P, N closed windows, W window, G groups in a
+window, M = N*G groups, K opened groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from coga.config import CoGAConfig, LayerConfig
+from coga.grouping import GroupingContext, build_grouping, pool
+from coga.kernels import dispatch
+from coga.models.context import CallContext
+from coga.models.entropy import entropy_shortfall
+from coga.models.group_level import GroupLevel
+from coga.models.latent import LatentProjections
+from coga.types import Far, Grouping
+
+__all__ = ["AttentionOutput", "CoGAAttention", "log_size"]
+
+
+@dataclass(frozen=True)
+class AttentionOutput:
+    """y_BTD, the grouping of the closed windows (None without groups), unweighted extra losses by name."""
+
+    y_BTD: Tensor
+    grouping: Grouping | None
+    losses: dict[str, Tensor]
+
+
+def log_size(size_BM: Tensor, dtype: torch.dtype) -> Tensor:
+    """log |g| in at least float32; -inf for an empty group."""
+    return size_BM.to(dtype if dtype == torch.float64 else torch.float32).log()
+
+
+class CoGAAttention(nn.Module):
+    """Attention layer of kind "near", "full" or "group".
+
+    Parameters beyond the projections: sink_H, alpha_H (reciprocal term), and for groups far_bias_H, the
+    grouping's prototypes and the group level. `route_full`: with K >= M the exact kernel computes the same.
+    """
+
+    def __init__(self, config: CoGAConfig, layer: LayerConfig) -> None:
+        super().__init__()
+        self.layer, self.config = layer, config
+        heads = config.n_head
+        self.projections = LatentProjections(config, layer)
+        self.sink_H = nn.Parameter(torch.zeros(heads)) if config.sink else None
+        self.alpha_H = nn.Parameter(torch.zeros(heads)) if config.reciprocal else None
+        self.grouping = self.group_level = None
+        self.route_full = True
+        if layer.kind == "group":
+            self.far_bias_H = nn.Parameter(torch.full((heads,), config.far_bias_init))
+            self.grouping = build_grouping(config, layer)
+            self.group_level = GroupLevel(config, layer) if config.refine_groups else None
+
+    def warmth(self, context: CallContext) -> Tensor | float:
+        """Share of the reciprocal term that is on at this step: min(1, step / alpha_warmup)."""
+        steps = self.config.alpha_warmup
+        if steps == 0:
+            return 1.0
+        share = context.step / steps
+        return share.clamp(0, 1) if isinstance(share, Tensor) else min(1.0, share)
+
+    def _alpha(self, context: CallContext) -> Tensor | None:
+        return None if self.alpha_H is None else self.alpha_H * self.warmth(context)
+
+    def forward(self, x_BTD: Tensor, context: CallContext) -> AttentionOutput:
+        table = context.tables[self.projections.rotary]
+        q = self.projections.queries(x_BTD, table)
+        latent = self.projections.latents(x_BTD, table)
+        grouping, far = None, None
+        if self.layer.kind == "group":
+            grouping, far = self._groups(x_BTD, q, latent, context)
+        window = None if self.layer.kind == "full" else self.layer.window
+        if far is not None and self._opens_all(far.group_BML.shape[1]):
+            far, window = None, None
+        mixed, _ = dispatch.attend(
+            q,
+            latent,
+            content=self.projections.content,
+            window=window,
+            band=self.config.band,
+            alpha_H=self._alpha(context),
+            sink_H=self.sink_H,
+            far=far,
+            backend=context.backend,
+        )
+        losses: dict[str, Tensor] = {}
+        if context.training and grouping is not None and grouping.stats is not None:
+            losses["coherence"] = grouping.stats.coherence_loss
+        if context.training and self.config.entropy_weight > 0:
+            losses["entropy"] = entropy_shortfall(
+                q,
+                latent,
+                content=self.projections.content,
+                window=window,
+                band=self.config.band,
+                alpha_H=self._alpha(context),
+                sink_H=self.sink_H,
+                far=far,
+                length_B=context.length_B,
+            )
+        return AttentionOutput(self.projections.output(mixed, x_BTD), grouping, losses)
+
+    def _opens_all(self, groups: int) -> bool:
+        return self.route_full and self.layer.open_groups >= groups
+
+    def _groups(
+        self, x_BTD: Tensor, q_BTHL: Tensor, latent_BTL: Tensor, context: CallContext
+    ) -> tuple[Grouping | None, Far | None]:
+        """Form the groups of the closed windows; `Far` holds those that some token of the call may read."""
+        layer, batch, length = self.layer, x_BTD.shape[0], x_BTD.shape[1]
+        windows = length // layer.window
+        if windows == 0:
+            return None, None
+        end = windows * layer.window
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            grouping = self._form(latent_BTL[:, :end], windows, batch, context)
+            raw = pool(latent_BTL[:, :end], grouping)
+        read = max(0, (length - 1) // layer.window - 1) * layer.groups
+        if read == 0:
+            return grouping, None
+        sizes = log_size(grouping.size_BM, raw.dtype)
+        refined = raw
+        if self.group_level is not None and not self._opens_all(read):
+            with torch.autocast(x_BTD.device.type, enabled=False):
+                state = pool(x_BTD[:, :end], grouping)
+            window = torch.arange(windows, device=x_BTD.device).repeat_interleave(layer.groups)
+            position = (window + 1) * layer.window - 1
+            table = context.table_at(position, self.projections.rotary)
+            refined = self.group_level(
+                state, raw, sizes, self.projections, table, self.warmth(context), context.backend
+            )
+        return grouping, self._far(q_BTHL, latent_BTL[:, :end], refined, sizes, grouping, read, context)
+
+    def _form(self, latent: Tensor, windows: int, batch: int, context: CallContext) -> Grouping:
+        width = self.layer.window
+        content = latent[..., : self.projections.content].reshape(batch, windows, width, -1)
+        index = torch.arange(windows, device=latent.device).expand(batch, -1)
+        assert self.grouping is not None
+        return self.grouping(
+            content,
+            GroupingContext(
+                window_BN=index,
+                valid_BN=context.valid_windows(batch, windows, width),
+                noise_step=context.noise_step,
+                step=context.step,
+                training=context.training,
+                backend=context.backend,
+            ),
+        )
+
+    def _far(self, q, latent, refined, sizes, grouping: Grouping, read: int, context) -> Far:
+        """The first `read` groups, with the selection of each token."""
+        layer = self.layer
+        group, log_sizes = refined[:, :read].to(q.dtype), sizes[:, :read]
+        opened = slot = None
+        if layer.open_groups > 0:
+            opened = dispatch.select(
+                q.mean(2),
+                group,
+                log_sizes,
+                count=layer.open_groups,
+                window=layer.window,
+                groups=layer.groups,
+                backend=context.backend,
+            )
+            slot = dispatch.permute(latent, grouping.order_BS)
+        return Far(
+            group_BML=group.contiguous(),
+            log_size_BM=log_sizes.contiguous(),
+            far_bias_H=self.far_bias_H,
+            slot_BSL=slot,
+            offset_BM=grouping.offset_BM[:, :read].contiguous(),
+            size_BM=grouping.size_BM[:, :read].contiguous(),
+            open_BTK=opened,
+            groups=layer.groups,
+            slots=layer.slots,
+        )
