@@ -189,14 +189,14 @@ def build(
 def colour(rank: int, groups: int) -> str:
     """A pale background for black text, by the group's place on the colour wheel."""
     hue = 6 * rank / groups
-    rising = int(255 - 95 * (1 - abs(hue % 2 - 1)))
-    strong, weak = (255, 160) if rank % 2 else (232, 137)
-    middle = min(strong, max(weak, 415 - rising))
+    share = 1 - abs(hue % 2 - 1)
+    weak, strong = (188, 250) if rank % 2 else (158, 218)
+    middle = round(weak + share * (strong - weak))
     red, green, blue = [
         (strong, middle, weak), (middle, strong, weak), (weak, strong, middle),
         (weak, middle, strong), (middle, weak, strong), (strong, weak, middle),
     ][int(hue)]  # fmt: skip
-    return f"black on #{red:02x}{green:02x}{blue:02x}"
+    return f"#101010 on #{red:02x}{green:02x}{blue:02x}"
 
 
 def print_window(console: Console, data: dict[str, Any]) -> None:
@@ -218,7 +218,7 @@ def print_window(console: Console, data: dict[str, Any]) -> None:
         table.add_column(title, justify="right")
     table.add_column("members, in order", no_wrap=True, overflow="ellipsis", ratio=1)
     for group in range(report["groups"]):
-        members = "".join(glyph for glyph, _, g in signs if g == group)
+        members = "".join(glyph for glyph, _, g in signs if g == group).replace(" ", "␣")
         value = view["coherence"][group]
         row = Text(f" {group} ", styles[group])
         size = view["index"].count(group)

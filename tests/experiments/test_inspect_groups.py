@@ -185,7 +185,7 @@ def test_terminal_colours_are_pale_and_well_formed(groups):
     for rank in range(groups):
         red, green, blue = (
             int(x, 16)
-            for x in re.fullmatch(r"black on #(..)(..)(..)", inspect_groups.colour(rank, groups)).groups()
+            for x in re.fullmatch(r"#101010 on #(..)(..)(..)", inspect_groups.colour(rank, groups)).groups()
         )
         assert 0.2126 * red + 0.7152 * green + 0.0722 * blue > 130  # black stays readable on it
 
