@@ -12,7 +12,7 @@ const svg = (tag, attributes) => {
   for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
   return node;
 };
-const number = (x, digits = 3) => (x === null || x === undefined ? "–" : x.toFixed(digits));
+const number = (x, digits = 3) => (x === null || x === undefined ? "–" : x.toFixed(digits).replace(/^-(0\.0+)$/, "$1"));
 const LABELS = { own: "model", contiguous: "contiguous", random: "random", kmeans: "k-means", gumbel: "gumbel" };
 
 const asked = new URLSearchParams(location.hash.slice(1));

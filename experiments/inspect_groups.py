@@ -242,7 +242,7 @@ def print_figures(console: Console, data: dict[str, Any], every_layer: bool) -> 
         for name, means in report["means"].items():
             values = [means[key] for key, _ in COLUMNS]
             own = name == report["own"]
-            row = ["-" if value is None else f"{value:.3f}" for value in values]
+            row = ["-" if value is None else f"{round(value, 3) + 0:.3f}" for value in values]
             table.add_row(f"{name} (model)" if own else name, *row, style="bold" if own else None)
         console.print(table)
     console.print(f"\nclass: {data['class_title']}; block: {data['block_title']}")
