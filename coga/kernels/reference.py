@@ -42,7 +42,7 @@ __all__ = [
     "visible_groups",
 ]
 
-CHUNK = 128  # queries at a time: 128 x K*S members x L floats is the largest temporary
+CHUNK = 256  # queries at a time: 128 x K*S members x L floats is the largest temporary
 
 STEPS = {
     torch.float64: 2.0**-32,
@@ -89,9 +89,10 @@ def gather_members(far: Far, open_BtK: Tensor) -> tuple[Tensor, Tensor]:
         for x in (far.offset_BM, far.size_BM)
     )
     mask = (slot < size) & valid_BtK[..., None]
-    index = rearrange(torch.where(mask, start + slot, 0), "b t k s -> b (t k s)")
-    width = far.slot_BSL.shape[-1]
-    members = far.slot_BSL.gather(1, index[..., None].expand(-1, -1, width))
+    batch, slots, width = far.slot_BSL.shape
+    first = torch.arange(batch, device=start.device).view(-1, 1, 1, 1) * slots
+    index = torch.where(mask, start + slot, 0) + first
+    members = far.slot_BSL.reshape(-1, width).index_select(0, index.flatten())
     mask = rearrange(mask, "b t k s -> b t (k s)")
     return members.view(*mask.shape, width), mask
 
@@ -122,6 +123,8 @@ def attention_parts(
     sink_H: Tensor | None = None,
     far: Far | None = None,
     members: tuple[Tensor, Tensor] | None = None,
+    one_window: bool = False,
+    lse_BtH: Tensor | None = None,
 ) -> Parts:
     """Probabilities of the four parts for one chunk of queries.
 
@@ -130,11 +133,12 @@ def attention_parts(
     key_query_BnHC  content queries of the LAST n keys; between them they cover the band
     c_BtC         content latents of the queries, read by the reciprocal term
     members       latents (B, t, K*S, L) and mask of `gather_members`
+    one_window    the caller vouches that the queries share a window, are the last keys, and that keys and
+                  groups hold nothing else that one of them may not see: most masks can be skipped
+    lse_BtH       log-sum-exp if it is known already
     """
-    pos = position[..., :, None]
-    kpos = key_position[..., None, :]
-    lowest = torch.zeros_like(pos) if window is None else (pos // window - 1).clamp_min(0) * window
-    seen = (kpos <= pos) & (kpos >= lowest)  # a negative key position is never seen
+    # Scores are updated in place: a pass over them costs as much as the matrix product that made them.
+    pos, kpos = position[..., :, None], key_position[..., None, :]
     near = _scores(q_BtHL, key_BsL)
     if alpha_H is not None and band > 0:
         assert key_query_BnHC is not None and c_BtC is not None
@@ -143,39 +147,61 @@ def attention_parts(
         inside = (distance >= 0) & (distance < band)
         keys = rearrange(key_query_BnHC, "b n h c -> b c (h n)")
         term = rearrange(c_BtC @ keys, "b t (h n) -> b t h n", h=heads) * alpha_H[:, None]
-        term = term.masked_fill(~inside[..., None, :], 0)
-        near = torch.cat([near[..., :-n], near[..., -n:] + term], -1)
-    scores = [near.masked_fill(~seen[..., None, :], -torch.inf)]
+        near[..., -n:] += term.masked_fill(~inside[..., None, :], 0)
+    if one_window:
+        last = key_position.shape[-1] - position.shape[-1]
+        near[..., last:].masked_fill_((kpos[..., last:] > pos)[..., None, :], -torch.inf)
+    else:
+        lowest = 0 if window is None else (pos // window - 1).clamp_min(0) * window
+        seen = (kpos <= pos) & (kpos >= lowest)  # a negative key position is never seen
+        near.masked_fill_(~seen[..., None, :], -torch.inf)
+    # Each part has scores and an offset per head that they still lack.
+    parts: list[tuple[Tensor, Tensor | float]] = [(near, 0.0)]
     if far is not None:
-        count = far.group_BML.shape[1]
-        summary = _scores(q_BtHL, far.group_BML)
-        summary = summary + far.log_size_BM.to(summary.dtype)[:, None, None]
-        summary = summary + far.far_bias_H.to(summary.dtype)[:, None]
         assert window is not None
-        group = torch.arange(count, device=q_BtHL.device)
-        hidden = group >= visible_groups(position, window, far.groups)[..., None]
+        count = far.group_BML.shape[1]
+        added = far.log_size_BM.to(near.dtype)[:, None].expand(-1, position.shape[-1], -1)
+        if not one_window:
+            group = torch.arange(count, device=q_BtHL.device)
+            hidden = group >= visible_groups(position, window, far.groups)[..., None]
+            added = added.masked_fill(hidden, -torch.inf)
         if far.open_BTK is not None:
-            opened = torch.zeros(*far.open_BTK.shape[:2], count + 1, dtype=torch.bool, device=q_BtHL.device)
             index = torch.where(far.open_BTK >= 0, far.open_BTK, count)
-            hidden = hidden | opened.scatter(2, index, True)[..., :count]
-        scores.append(summary.masked_fill(hidden[..., None, :], -torch.inf))
+            added = torch.nn.functional.pad(added, (0, 1)).scatter(2, index, -torch.inf)[..., :count]
+        summary = _scores(q_BtHL, far.group_BML)
+        summary += added[:, :, None]
+        parts.append((summary, far.far_bias_H.to(near.dtype)[:, None]))
     if members is not None:
         latent, mask = members
         direct = q_BtHL @ latent.transpose(-1, -2)
-        scores.append(direct.masked_fill(~mask[:, :, None], -torch.inf))
+        parts.append((direct.masked_fill_(~mask[:, :, None], -torch.inf), 0.0))
     if sink_H is not None:
-        rows = scores[0].shape[:-1]
-        scores.append(sink_H.to(scores[0].dtype)[:, None].expand(*rows, 1))
-    together = torch.cat(scores, -1)
-    prob, lse = _softmax(together)
-    pieces = list(prob.split([s.shape[-1] for s in scores], -1))
+        rows = near.shape[:-1]
+        parts.append((sink_H.to(near.dtype)[:, None].expand(*rows, 1).clone(), 0.0))
+    if lse_BtH is None:
+        lse_BtH = _log_sum_exp(parts)
+    # A row with nothing to read has lse = -inf: its probabilities are zero, not NaN.
+    lse = torch.where(lse_BtH.isinf(), 0.0, lse_BtH)[..., None]
+    pieces = [score.sub_(lse - offset).exp_() for score, offset in parts]
     return Parts(
         near_BtHs=pieces.pop(0),
         far_BtHm=pieces.pop(0) if far is not None else None,
         opened_BtHk=pieces.pop(0) if members is not None else None,
         sink_BtH=pieces.pop(0)[..., 0] if sink_H is not None else None,
-        lse_BtH=lse,
+        lse_BtH=lse_BtH,
     )
+
+
+def _log_sum_exp(parts: list[tuple[Tensor, Tensor | float]]) -> Tensor:
+    """Log-sum-exp over all parts, (B, t, H), without putting them into one tensor.
+
+    One maximum for all parts: the log-sum-exp of a part that is masked everywhere has a NaN gradient.
+    """
+    tops = [(score.detach().amax(-1, keepdim=True) + offset) for score, offset in parts if score.shape[-1]]
+    top = torch.stack(torch.broadcast_tensors(*tops)).amax(0)
+    top = torch.where(top.isinf(), 0.0, top)
+    total = sum((score - (top - offset)).exp_().sum(-1) for score, offset in parts)
+    return total.log() + top[..., 0]
 
 
 def attend_chunk(
@@ -204,11 +230,18 @@ def attend_chunk(
 
 
 def _chunks(length: int, window: int | None, band: int):
-    """(first query, end, first key, first key inside the band) of each chunk."""
-    for start in range(0, length, CHUNK):
+    """(first query, end, first key, first key inside the band) of each chunk.
+
+    Where windows are not tiny, a chunk stays inside one window, which saves most masks.
+    """
+    start = 0
+    while start < length:
         end = min(start + CHUNK, length)
+        if window is not None and window >= CHUNK // 4:
+            end = min(end, (start // window + 1) * window)
         low = 0 if window is None else max(0, (start // window - 1) * window)
         yield start, end, low, max(low, start - band + 1)
+        start = end
 
 
 def _far_chunk(far: Far | None, start: int, end: int, window: int | None) -> Far | None:
@@ -296,16 +329,19 @@ class _Inputs:
             sink_H=self.sink,
             far=far,
             members=members,
+            one_window=window is None or start // window == (end - 1) // window,
         )
 
 
 def _member_index(far: Far, open_BtK: Tensor) -> Tensor:
-    """Slot of every gathered member (B, t*K*S), in the order of `gather_members`."""
+    """Slot of every gathered member, counted over all rows, in the order of `gather_members`."""
     flat = rearrange(open_BtK.clamp_min(0), "b t k -> b (t k)")
     slot = torch.arange(far.slots, device=open_BtK.device)
     index = far.offset_BM.gather(1, flat)[..., None] + slot
     assert far.slot_BSL is not None
-    return rearrange(index.clamp_max(far.slot_BSL.shape[1] - 1), "b n s -> b (n s)")
+    batch, slots, _ = far.slot_BSL.shape
+    first = torch.arange(batch, device=index.device)[:, None, None] * slots
+    return (index.clamp_max(slots - 1) + first).flatten()
 
 
 def _keys_backward(ds: Tensor, prob: Tensor, q: Tensor, grad: Tensor, key: Tensor, content: int):
@@ -347,8 +383,8 @@ def attend_backward(
     grads |= {name: torch.zeros_like(x) for name, x in named if x is not None}
     reach = band if alpha_H is not None else 1
     for bounds in _chunks(q_BTHL.shape[1], window, reach):
-        chunk = args.chunk(bounds, content, window, band)
         rows = slice(bounds[0], bounds[1])
+        chunk = args.chunk(bounds, content, window, band) | {"lse_BtH": lse_BTH[:, rows]}
         grad = wide(grad_BTHC[:, rows])
         # The output of this dtype, as rounded as the forward returned it, is exact enough for delta.
         delta = (grad * wide(out_BTHC[:, rows])).sum(-1)[..., None]
@@ -363,7 +399,7 @@ def _chunk_backward(grads, chunk, bounds, grad: Tensor, delta: Tensor) -> None:
     heads = q.shape[2]
     parts = attention_parts(**chunk)
     near = parts.near_BtHs
-    ds = near * (_scores(grad, key[..., :content]) - delta)
+    ds = _scores(grad, key[..., :content]).sub_(delta).mul_(near)
     dq, dkey = _keys_backward(ds, near, q, grad, key, content)
     grads["latent"][:, low:end] += dkey
     if alpha is not None:
@@ -381,21 +417,20 @@ def _chunk_backward(grads, chunk, bounds, grad: Tensor, delta: Tensor) -> None:
         grads["alpha"] += (band_ds * term).sum((0, 1, 3))
     if far is not None:
         group, prob = far.group_BML, parts.far_BtHm
-        ds = prob * (_scores(grad, group[..., :content]) - delta)
+        ds = _scores(grad, group[..., :content]).sub_(delta).mul_(prob)
         far_dq, dgroup = _keys_backward(ds, prob, q, grad, group, content)
         dq = dq + far_dq
         grads["group"][:, : group.shape[1]] += dgroup
         grads["far_bias"] += ds.sum((0, 1, 3))
     if members is not None:
         latent, prob = members[0], parts.opened_BtHk
-        ds = prob * (grad @ latent[..., :content].transpose(-1, -2) - delta)
+        ds = (grad @ latent[..., :content].transpose(-1, -2)).sub_(delta).mul_(prob)
         dq = dq + ds @ latent
         dmember = ds.transpose(-1, -2) @ q
         dmember[..., :content] += prob.transpose(-1, -2) @ grad
-        index = _member_index(far, far.open_BTK)[..., None]
-        value = rearrange(dmember, "b t k l -> b (t k) l")
         # Masked members have zero gradient, so the slot they point at does not matter.
-        grads["slot"].scatter_add_(1, index.expand_as(value), value)
+        index = _member_index(far, far.open_BTK)
+        grads["slot"].flatten(0, 1).index_add_(0, index, dmember.flatten(0, 2))
     if chunk["sink_H"] is not None:
         grads["sink"] += (parts.sink_BtH * -delta[..., 0]).sum((0, 1))
     grads["q"][:, start:end] += dq

@@ -1,0 +1,364 @@
+"""Opened groups in Triton: every token reads the members of the K groups it opened, exactly, as tokens.
+
+    s_hj = q_h . k_j                 j: members of the token's opened groups (slots offset .. offset+size-1)
+    out_h = sum_j softmax_j(s_hj) c_j        c_j: the first C dims of k_j
+    lse_h = log sum_j exp s_hj               -inf where nothing is opened
+
+Forward and the gradient of the queries run token by token: the heads of a token are the 16 or 32 rows of one
+tile, a group is one contiguous tile of latents that serves as key (two products, content and rotary part) and
+as value. A program is one warp: nothing is exchanged between warps, and a dozen programs on a multiprocessor
+hide each other's loads. The gradient of the latents runs group by group: `coga.kernels.triton_inverted`.
+
+Backward, from the log-sum-exp of the whole softmax (all parts of the attention) and delta = dO . O:
+    p = exp(s - lse)     ds = p (dO . c - delta)     dq = sum_j ds_j k_j
+
+Cost: B T K S L 2 bytes through L2 in either direction (bf16), B T H K S (L + C) multiply-adds forward and
+B T H K S (2 L + C) for dq. The plain twin is the `members` branch of `coga.kernels.reference`.
+
+Legend: B batch, T tokens, H heads, C content width, P rotary width, L = C+P, M groups, K opened groups a
+token, S slots of a group; in kernels, BN members in a tile, PACK groups in a
+tile (small groups), CHUNKS tiles in a group (large groups).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from coga.kernels.triton_inverted import slot_gradient
+
+__all__ = ["opened_backward", "opened_forward"]
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _which(i, n, PACK: tl.constexpr, CHUNKS: tl.constexpr, BN: tl.constexpr):
+    """Opened groups that tile i reads: one scalar, or one entry a row where a tile holds several groups."""
+    if PACK > 1:
+        k = i * PACK + n // (BN // PACK)
+    else:
+        k = i // CHUNKS
+    return k
+
+
+@triton.jit
+def _open(open_ptr, k, K: tl.constexpr):
+    """Id of the token's k-th opened group, -1 past the end."""
+    return tl.load(open_ptr + k, mask=k < K, other=-1)
+
+
+@triton.jit
+def _place(offset_ptr, size_ptr, group):
+    """First slot and members of a group; no members for -1."""
+    start = tl.load(offset_ptr + group, mask=group >= 0, other=0).to(tl.int64)
+    size = tl.load(size_ptr + group, mask=group >= 0, other=0).to(tl.int32)
+    return start, size
+
+
+@triton.jit
+def _rows(slot_ptr, start, i, n, L: tl.constexpr, PACK: tl.constexpr, CHUNKS: tl.constexpr, BN: tl.constexpr):
+    """Pointers to the rows of tile i and the index of each row within its group."""
+    if PACK > 1:
+        member = n % (BN // PACK)
+        rows = slot_ptr + (start + member)[:, None] * L
+    else:
+        member = n + (i % CHUNKS) * BN
+        rows = (slot_ptr + start * L) + member[:, None] * L  # scalar base: wide loads, cheap addresses
+    return rows, member
+
+
+@triton.jit
+def _tiles(open_ptr, K: tl.constexpr, KP: tl.constexpr, PACK: tl.constexpr, CHUNKS: tl.constexpr):
+    """How many tiles a token reads."""
+    k = tl.arange(0, KP)
+    count = tl.max(tl.where(tl.load(open_ptr + k, mask=k < K, other=-1) >= 0, k + 1, 0), 0)
+    return (count + PACK - 1) // PACK * CHUNKS
+
+
+@triton.jit
+def _forward_kernel(
+    q_ptr,
+    slot_ptr,
+    offset_ptr,
+    size_ptr,
+    open_ptr,
+    out_ptr,
+    lse_ptr,
+    length,
+    total,
+    groups,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    BH: tl.constexpr,
+    BC: tl.constexpr,
+    BP: tl.constexpr,
+    BN: tl.constexpr,
+    PACK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    L: tl.constexpr = C + P
+    token = tl.program_id(0).to(tl.int64)
+    batch = token // length
+    slot_ptr += batch * total * L
+    offset_ptr += batch * groups
+    size_ptr += batch * groups
+    open_ptr += token * K
+    h = tl.arange(0, BH)
+    c = tl.arange(0, BC)
+    r = tl.arange(0, BP)
+    n = tl.arange(0, BN)
+    head = (h < H)[:, None]
+    row = q_ptr + token * (H * L) + h[:, None] * L
+    q_c = tl.load(row + c[None, :], mask=head & (c < C)[None, :], other=0.0)
+    if P > 0:
+        q_r = tl.load(row + C + r[None, :], mask=head & (r < P)[None, :], other=0.0)
+    m = tl.full([BH], -float("inf"), tl.float32)
+    norm = tl.zeros([BH], tl.float32)
+    acc = tl.zeros([BH, BC], tl.float32)
+    tiles = _tiles(open_ptr, K, KP, PACK, CHUNKS)
+    # Ids run two tiles ahead and places one tile ahead, so that no address waits for a load of its own tile.
+    start, size = _place(offset_ptr, size_ptr, _open(open_ptr, _which(0, n, PACK, CHUNKS, BN), K))
+    group = _open(open_ptr, _which(1, n, PACK, CHUNKS, BN), K)
+    for i in tl.range(0, tiles, num_stages=STAGES):
+        rows, member = _rows(slot_ptr, start, i, n, L, PACK, CHUNKS, BN)
+        live = member < size
+        k_c = tl.load(rows + c[None, :], mask=live[:, None] & (c < C)[None, :], other=0.0)
+        s = tl.dot(q_c, tl.trans(k_c), input_precision="ieee")
+        if P > 0:
+            k_r = tl.load(rows + C + r[None, :], mask=live[:, None] & (r < P)[None, :], other=0.0)
+            s = tl.dot(q_r, tl.trans(k_r), s, input_precision="ieee")
+        s = tl.where(live[None, :], s, -float("inf"))
+        higher = tl.maximum(m, tl.max(s, 1) * LOG2E)
+        safe = tl.where(higher == -float("inf"), 0.0, higher)
+        p = tl.exp2(s * LOG2E - safe[:, None])
+        old = tl.exp2(m - safe)
+        norm = norm * old + tl.sum(p, 1)
+        acc = tl.dot(p.to(k_c.dtype), k_c, acc * old[:, None], input_precision="ieee")
+        m = higher
+        start, size = _place(offset_ptr, size_ptr, group)
+        group = _open(open_ptr, _which(i + 2, n, PACK, CHUNKS, BN), K)
+    some = norm > 0
+    norm = tl.where(some, norm, 1.0)
+    out = acc / norm[:, None]
+    lse = tl.where(some, (m + tl.log2(norm)) / LOG2E, -float("inf"))
+    target = out_ptr + token * (H * C) + h[:, None] * C + c[None, :]
+    tl.store(target, out.to(out_ptr.dtype.element_ty), mask=head & (c < C)[None, :])
+    tl.store(lse_ptr + token * H + h, lse, mask=h < H)
+
+
+@triton.jit
+def _query_kernel(
+    grad_ptr,
+    lse_ptr,
+    delta_ptr,
+    q_ptr,
+    slot_ptr,
+    offset_ptr,
+    size_ptr,
+    open_ptr,
+    dq_ptr,
+    length,
+    total,
+    groups,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    BH: tl.constexpr,
+    BC: tl.constexpr,
+    BP: tl.constexpr,
+    BN: tl.constexpr,
+    PACK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    L: tl.constexpr = C + P
+    token = tl.program_id(0).to(tl.int64)
+    batch = token // length
+    slot_ptr += batch * total * L
+    offset_ptr += batch * groups
+    size_ptr += batch * groups
+    open_ptr += token * K
+    h = tl.arange(0, BH)
+    c = tl.arange(0, BC)
+    r = tl.arange(0, BP)
+    n = tl.arange(0, BN)
+    head = (h < H)[:, None]
+    row = q_ptr + token * (H * L) + h[:, None] * L
+    q_c = tl.load(row + c[None, :], mask=head & (c < C)[None, :], other=0.0)
+    grad = tl.load(
+        grad_ptr + token * (H * C) + h[:, None] * C + c[None, :], mask=head & (c < C)[None, :], other=0.0
+    )
+    lse = tl.load(lse_ptr + token * H + h, mask=h < H, other=float("inf"))
+    lse = tl.where(lse == -float("inf"), float("inf"), lse) * LOG2E  # a row that read nothing has p = 0
+    delta = tl.load(delta_ptr + token * H + h, mask=h < H, other=0.0)
+    dq_c = tl.zeros([BH, BC], tl.float32)
+    if P > 0:
+        q_r = tl.load(row + C + r[None, :], mask=head & (r < P)[None, :], other=0.0)
+        dq_r = tl.zeros([BH, BP], tl.float32)
+    tiles = _tiles(open_ptr, K, KP, PACK, CHUNKS)
+    start, size = _place(offset_ptr, size_ptr, _open(open_ptr, _which(0, n, PACK, CHUNKS, BN), K))
+    group = _open(open_ptr, _which(1, n, PACK, CHUNKS, BN), K)
+    for i in tl.range(0, tiles, num_stages=STAGES):
+        rows, member = _rows(slot_ptr, start, i, n, L, PACK, CHUNKS, BN)
+        live = member < size
+        k_c = tl.load(rows + c[None, :], mask=live[:, None] & (c < C)[None, :], other=0.0)
+        s = tl.dot(q_c, tl.trans(k_c), input_precision="ieee")
+        if P > 0:
+            k_r = tl.load(rows + C + r[None, :], mask=live[:, None] & (r < P)[None, :], other=0.0)
+            s = tl.dot(q_r, tl.trans(k_r), s, input_precision="ieee")
+        p = tl.where(live[None, :], tl.exp2(s * LOG2E - lse[:, None]), 0.0)
+        dp = tl.dot(grad, tl.trans(k_c), input_precision="ieee")
+        ds = (p * (dp - delta[:, None])).to(k_c.dtype)
+        dq_c = tl.dot(ds, k_c, dq_c, input_precision="ieee")
+        if P > 0:
+            dq_r = tl.dot(ds, k_r, dq_r, input_precision="ieee")
+        start, size = _place(offset_ptr, size_ptr, group)
+        group = _open(open_ptr, _which(i + 2, n, PACK, CHUNKS, BN), K)
+    target = dq_ptr + token * (H * L) + h[:, None] * L
+    tl.store(target + c[None, :], dq_c, mask=head & (c < C)[None, :])
+    if P > 0:
+        tl.store(target + C + r[None, :], dq_r, mask=head & (r < P)[None, :])
+
+
+def launch_options(heads: int, content: int, rotary: int, count: int, slots: int, *, tile: int = 32) -> dict:
+    """Compile-time shape and launch of the token-by-token kernels.
+
+    One warp for 16 heads of up to 192 dims; twice that where the accumulators would spill.
+    """
+    power = triton.next_power_of_2(slots)
+    pack = max(1, tile // power)
+    return dict(
+        H=heads,
+        C=content,
+        P=rotary,
+        K=count,
+        KP=triton.next_power_of_2(count),
+        BH=max(16, triton.next_power_of_2(heads)),
+        BC=max(16, triton.next_power_of_2(content)),
+        BP=max(16, triton.next_power_of_2(max(rotary, 1))),
+        BN=tile,
+        PACK=pack,
+        CHUNKS=1 if pack > 1 else triton.cdiv(slots, tile),
+        STAGES=4,
+        num_warps=max(1, triton.next_power_of_2(heads) // 16) * (1 if content + rotary <= 192 else 2),
+    )
+
+
+def _check(q, slot, offset, size, open_BTK, content, slots) -> None:
+    assert q.dtype == slot.dtype
+    assert q.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    assert q.shape[-1] == slot.shape[-1] >= content > 0
+    assert slots > 0
+    assert offset.shape == size.shape
+    assert open_BTK.shape[:2] == q.shape[:2]
+
+
+def opened_forward(
+    q_BTHL: Tensor,
+    slot_BSL: Tensor,
+    offset_BM: Tensor,
+    size_BM: Tensor,
+    open_BTK: Tensor,
+    *,
+    content: int,
+    slots: int,
+) -> tuple[Tensor, Tensor]:
+    """Output (B, T, H, C), normalised by its own log-sum-exp (B, T, H) in float32 (-inf: nothing opened)."""
+    _check(q_BTHL, slot_BSL, offset_BM, size_BM, open_BTK, content, slots)
+    batch, length, heads, width = q_BTHL.shape
+    q, slot, offset, size, open_groups = (
+        x.contiguous() for x in (q_BTHL, slot_BSL, offset_BM, size_BM, open_BTK)
+    )
+    count = open_groups.shape[-1]
+    if count == 0 or slot.shape[1] == 0 or q.numel() == 0:
+        lse = q.new_full((batch, length, heads), -torch.inf, dtype=torch.float32)
+        return q.new_zeros(batch, length, heads, content), lse
+    out = q.new_empty(batch, length, heads, content)
+    lse = q.new_empty(batch, length, heads, dtype=torch.float32)
+    options = launch_options(heads, content, width - content, count, slots)
+    _forward_kernel[(batch * length,)](
+        q,
+        slot,
+        offset,
+        size,
+        open_groups,
+        out,
+        lse,
+        length,
+        slot.shape[1],
+        offset.shape[1],
+        **options,
+    )
+    return out, lse
+
+
+def query_gradient(
+    grad, lse, delta, q, slot, offset, size, open_groups, *, content: int, slots: int
+) -> Tensor:
+    """dq (B, T, H, L) in float32 from contiguous inputs."""
+    batch, length, heads, width = q.shape
+    dq = q.new_empty(q.shape, dtype=torch.float32)
+    options = launch_options(heads, content, width - content, open_groups.shape[-1], slots)
+    _query_kernel[(batch * length,)](
+        grad,
+        lse,
+        delta,
+        q,
+        slot,
+        offset,
+        size,
+        open_groups,
+        dq,
+        length,
+        slot.shape[1],
+        offset.shape[1],
+        **options,
+    )
+    return dq
+
+
+def opened_backward(
+    grad_BTHC: Tensor,
+    lse_BTH: Tensor,
+    delta_BTH: Tensor,
+    q_BTHL: Tensor,
+    slot_BSL: Tensor,
+    offset_BM: Tensor,
+    size_BM: Tensor,
+    open_BTK: Tensor,
+    *,
+    content: int,
+    slots: int,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of queries (B, T, H, L) and of latents in slot order (B, S, L), both float32.
+
+    `lse_BTH` is the log-sum-exp of the whole softmax, `delta_BTH` = dO . O of the merged output.
+    Deterministic: every sum has a fixed order.
+    """
+    _check(q_BTHL, slot_BSL, offset_BM, size_BM, open_BTK, content, slots)
+    if open_BTK.shape[-1] == 0 or slot_BSL.shape[1] == 0 or q_BTHL.numel() == 0:
+        return torch.zeros_like(q_BTHL, dtype=torch.float32), torch.zeros_like(slot_BSL, dtype=torch.float32)
+    tensors = [
+        x.contiguous()
+        for x in (
+            grad_BTHC.to(q_BTHL.dtype),
+            lse_BTH.float(),
+            delta_BTH.float(),
+            q_BTHL,
+            slot_BSL,
+            offset_BM,
+            size_BM,
+            open_BTK,
+        )
+    ]
+    dq = query_gradient(*tensors, content=content, slots=slots)
+    return dq, slot_gradient(*tensors, content=content, slots=slots)

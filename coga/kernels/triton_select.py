@@ -1,0 +1,202 @@
+"""Selection in Triton: the K far groups that each token opens, with no T x M buffer.
+
+    score[t, m] = q_t . g_m + log|g_m|      for groups m < max(0, t // W - 1) G with |g_m| > 0
+    key = round(score / step), then lower group     one integer orders both
+
+A program holds a few tokens and streams tiles of groups, latest first. Each token keeps its K best keys as an
+unordered set; of a tile only the keys above the set's lowest matter, and they are taken one by one: while any
+token's best remaining key beats its lowest kept one, swap them. The threshold rises fast, so a tile costs a
+handful of swaps: on random scores about K (1 + ln(M / tile)) a token for the whole sequence.
+
+The choice equals `coga.kernels.reference.select` except where two scores are closer than the rounding step
+(another order of summation moves a score by an ulp across a rounding boundary). In half precision keys are
+32 bits wide: the rounded score saturates at 2^30 / M steps (65,536 / 4 = 16,384 units of score at M = 1,024 in
+bfloat16); float32 keys have 64 bits.
+
+Cost: B T M L / 2 multiply-adds (causal half), B T M L / (2 tokens a program) elements read, mostly from cache.
+
+Legend: B batch, T tokens, L latent width, M groups, G groups in a window, W window, K selected groups.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from coga.kernels import reference
+
+__all__ = ["select"]
+
+LARGEST = 256  # most groups a token may select here; more go to the reference
+
+
+@triton.jit
+def rint(x):
+    """Round half to even, as `torch.round`: adding 2^23 leaves no fraction bits (exact in IEEE float32)."""
+    big = tl.where(x >= 0, 8388608.0, -8388608.0)
+    return tl.where(tl.abs(x) < 8388608.0, (x + big) - big, x)
+
+
+@triton.jit
+def _select_kernel(
+    q_ptr,
+    group_ptr,
+    log_size_ptr,
+    out_ptr,
+    length,
+    total,
+    window,
+    groups,
+    scale,
+    L: tl.constexpr,
+    LA: tl.constexpr,
+    LB: tl.constexpr,
+    KEEP: tl.constexpr,
+    KP: tl.constexpr,
+    SPAN: tl.constexpr,
+    WIDE: tl.constexpr,
+    BT: tl.constexpr,
+    BM: tl.constexpr,
+):
+    blocks = tl.cdiv(length, BT)
+    block = blocks - 1 - tl.program_id(0) % blocks  # the longest rows of tiles first
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    t = block * BT + tl.arange(0, BT)
+    a = tl.arange(0, LA)
+    row = q_ptr + (batch * length + t)[:, None] * L
+    real = (t < length)[:, None]
+    q_a = tl.load(row + a[None, :], mask=real & (a < L)[None, :], other=0.0)
+    if LB > 0:
+        b = LA + tl.arange(0, LB)
+        q_b = tl.load(row + b[None, :], mask=real & (b < L)[None, :], other=0.0)
+    visible = tl.minimum(tl.maximum(t // window - 1, 0) * groups, total)
+    most = tl.max(tl.where(t < length, visible, 0), 0)
+    if WIDE:
+        none = -(2**62)
+        limit: tl.constexpr = 2**62 // SPAN - 1
+    else:
+        none = -(2**31)
+        limit: tl.constexpr = 2**30 // SPAN - 1
+    # Distinct placeholders below every key, so that a swap replaces exactly one entry; the columns beyond
+    # KEEP are above every key and never replaced.
+    slot = tl.arange(0, KP)
+    start = tl.where(slot < KEEP, none + 1 + slot, -(none + 1))
+    if WIDE:
+        start = start.to(tl.int64)
+    best = tl.broadcast_to(start[None, :], [BT, KP])
+    lowest = tl.min(best, 1)
+    group_ptr += batch * total * L
+    log_size_ptr += batch * total
+    tiles = tl.cdiv(most, BM)
+    for i in range(0, tiles):
+        m = (tiles - 1 - i) * BM + tl.arange(0, BM)
+        column = group_ptr + m[:, None] * L
+        inside = (m < total)[:, None]
+        g_a = tl.load(column + a[None, :], mask=inside & (a < L)[None, :], other=0.0)
+        score = tl.dot(q_a, tl.trans(g_a), input_precision="ieee")
+        if LB > 0:
+            g_b = tl.load(column + b[None, :], mask=inside & (b < L)[None, :], other=0.0)
+            score = tl.dot(q_b, tl.trans(g_b), score, input_precision="ieee")
+        log_size = tl.load(log_size_ptr + m, mask=m < total, other=-float("inf"))
+        seen = (m[None, :] < visible[:, None]) & (log_size > -float("inf"))[None, :]
+        score = rint((score + tl.where(log_size > -float("inf"), log_size, 0.0)[None, :]) * scale)
+        score = tl.minimum(tl.maximum(score, -limit), limit)
+        if WIDE:
+            key = score.to(tl.int64) * SPAN + (SPAN - 1 - m)[None, :]
+        else:
+            key = score.to(tl.int32) * SPAN + (SPAN - 1 - m)[None, :]
+        key = tl.where(seen, key, none)
+        top = tl.max(key, 1)
+        while tl.max((top > lowest).to(tl.int32), 0) > 0:
+            out = (best == lowest[:, None]) & (top > lowest)[:, None]
+            best = tl.where(out, top[:, None], best)
+            key = tl.where(key == top[:, None], none, key)
+            lowest = tl.min(best, 1)
+            top = tl.max(key, 1)
+    found = (best > none + KP) & (slot < KEEP)[None, :]
+    index = tl.where(found, SPAN - 1 - (best & (SPAN - 1)).to(tl.int32), SPAN)
+    index = tl.sort(index, 1)
+    index = tl.where(index == SPAN, -1, index).to(tl.int64)
+    target = out_ptr + (batch * length + t)[:, None] * KEEP + slot[None, :]
+    tl.store(target, index, mask=real & (slot < KEEP)[None, :])
+
+
+def _all_visible(length: int, log_size_BM: Tensor, window: int, groups: int) -> Tensor:
+    """K >= M: every group that a token may read, ascending, -1 last."""
+    total = log_size_BM.shape[1]
+    group = torch.arange(total, device=log_size_BM.device)
+    position = torch.arange(length, device=log_size_BM.device)
+    seen = group < reference.visible_groups(position, window, groups)[:, None]
+    index = torch.where(seen & ~log_size_BM.isinf()[:, None], group, total).sort(-1).values
+    return torch.where(index == total, -1, index)
+
+
+def select(
+    index_q_BTL: Tensor,
+    position: Tensor,
+    group_BML: Tensor,
+    log_size_BM: Tensor,
+    *,
+    count: int,
+    window: int,
+    groups: int,
+    step: float,
+    tokens: int = 32,
+    tile: int = 64,
+    warps: int = 1,
+) -> Tensor:
+    """`coga.kernels.reference.select` for a whole sequence: `position` must be 0 .. T-1.
+
+    float64 inputs, and selections of more than `LARGEST` but not all groups, run the reference.
+    """
+    batch, length, width = index_q_BTL.shape
+    total = group_BML.shape[1]
+    keep = min(count, total)
+    if keep == 0 or length == 0:
+        return index_q_BTL.new_zeros(batch, length, keep, dtype=torch.int64)
+    if keep == total:
+        return _all_visible(length, log_size_BM, window, groups)
+    if index_q_BTL.dtype == torch.float64 or keep > LARGEST:
+        return reference.select(
+            index_q_BTL,
+            position,
+            group_BML,
+            log_size_BM,
+            count=count,
+            window=window,
+            groups=groups,
+            step=step,
+        )
+    assert math.frexp(step)[0] == 0.5, "the rounding step must be a power of two"
+    assert index_q_BTL.dtype == group_BML.dtype
+    q, group = index_q_BTL.contiguous(), group_BML.contiguous()
+    out = torch.empty(batch, length, keep, dtype=torch.int64, device=q.device)
+    power = triton.next_power_of_2(width)
+    first = power if power == width else power // 2
+    span = triton.next_power_of_2(total)
+    _select_kernel[(batch * triton.cdiv(length, tokens),)](
+        q,
+        group,
+        log_size_BM.float().contiguous(),
+        out,
+        length,
+        total,
+        window,
+        groups,
+        1.0 / step,
+        L=width,
+        LA=max(16, first),
+        LB=0 if width <= max(16, first) else max(16, triton.next_power_of_2(width - first)),
+        KEEP=keep,
+        KP=triton.next_power_of_2(keep),
+        SPAN=span,
+        WIDE=q.dtype == torch.float32 or span > 2**16,
+        BT=tokens,
+        BM=tile,
+        num_warps=warps,
+    )
+    return out
