@@ -41,7 +41,7 @@ def make_grouping(
     index_BNW: Tensor, groups: int, weight_BNWG: Tensor | None = None, stats: GroupingStats | None = None
 ) -> Grouping:
     """A `Grouping` from the group of each token: one-hot weights if none are given, and slot order."""
-    batch, windows, width = index_BNW.shape
+    batch, windows, _ = index_BNW.shape
     if weight_BNWG is None:
         weight_BNWG = torch.nn.functional.one_hot(index_BNW, groups).to(torch.float32)
     window = torch.arange(windows, device=index_BNW.device)[:, None]

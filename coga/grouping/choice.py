@@ -1,4 +1,4 @@
-"""Discrete choices that one ulp cannot change: scores are rounded to a fixed step, ties go to the lower index."""
+"""Discrete choices that one ulp cannot change: rounded scores, then the lower index."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ class GumbelGrouping(BaseGrouping):
         content = content_BNWC if content_BNWC.dtype == torch.float64 else content_BNWC.float()
         batch, windows, width, _ = content.shape
         unit = normalize(content, dim=-1)
-        live, centroid = self.logits(unit, self.prototypes_GC)
+        live, _ = self.logits(unit, self.prototypes_GC)
         choice = live.detach()
         if cfg.slow_prototypes:
             slow = self.logits(unit.detach(), self.slow_GC)[0].detach()

@@ -1,4 +1,4 @@
-"""Spherical k-means in each window, without parameters: the training-free way to read a dense model in groups.
+"""Spherical k-means in each window, without parameters: the way to read a dense model untrained.
 
 Start from every R-th token of the window, then `kmeans_steps` times: nearest centroid by cosine, centroid =
 normalised mean of its tokens. At the end tokens are placed under the capacity (Lloyd, 1982; Dhillon & Modha,

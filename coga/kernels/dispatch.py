@@ -326,10 +326,9 @@ def select(
 
 @torch.library.custom_op("coga::assign", mutates_args=())
 def _assign(score: Tensor, slots: int, step: float, backend: str) -> Tensor:
-    bodies = capacity if resolve_backend(backend, score.device) == "reference" else None
-    if bodies is None:
-        from coga.kernels import triton_ops as bodies
-    return bodies.assign(score, slots, step)
+    if resolve_backend(backend, score.device) == "reference":
+        return capacity.assign(score, slots, step)
+    return _bodies(backend, score.device).assign(score, slots, step)
 
 
 @_assign.register_fake

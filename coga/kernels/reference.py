@@ -200,8 +200,8 @@ def _log_sum_exp(parts: list[tuple[Tensor, Tensor | float]]) -> Tensor:
     tops = [(score.detach().amax(-1, keepdim=True) + offset) for score, offset in parts if score.shape[-1]]
     top = torch.stack(torch.broadcast_tensors(*tops)).amax(0)
     top = torch.where(top.isinf(), 0.0, top)
-    total = sum((score - (top - offset)).exp_().sum(-1) for score, offset in parts)
-    return total.log() + top[..., 0]
+    each = [(score - (top - offset)).exp_().sum(-1) for score, offset in parts]
+    return torch.stack(each).sum(0).log() + top[..., 0]
 
 
 def attend_chunk(
@@ -415,14 +415,14 @@ def _chunk_backward(grads, chunk, bounds, grad: Tensor, delta: Tensor) -> None:
         term = c @ rearrange(key_query, "b n h c -> b c (h n)")
         term = rearrange(term, "b t (h n) -> b t h n", h=heads)
         grads["alpha"] += (band_ds * term).sum((0, 1, 3))
-    if far is not None:
+    if far is not None and parts.far_BtHm is not None:
         group, prob = far.group_BML, parts.far_BtHm
         ds = _scores(grad, group[..., :content]).sub_(delta).mul_(prob)
         far_dq, dgroup = _keys_backward(ds, prob, q, grad, group, content)
         dq = dq + far_dq
         grads["group"][:, : group.shape[1]] += dgroup
         grads["far_bias"] += ds.sum((0, 1, 3))
-    if members is not None:
+    if members is not None and parts.opened_BtHk is not None:
         latent, prob = members[0], parts.opened_BtHk
         ds = (grad @ latent[..., :content].transpose(-1, -2)).sub_(delta).mul_(prob)
         dq = dq + ds @ latent
@@ -431,7 +431,7 @@ def _chunk_backward(grads, chunk, bounds, grad: Tensor, delta: Tensor) -> None:
         # Masked members have zero gradient, so the slot they point at does not matter.
         index = _member_index(far, far.open_BTK)
         grads["slot"].flatten(0, 1).index_add_(0, index, dmember.flatten(0, 2))
-    if chunk["sink_H"] is not None:
+    if parts.sink_BtH is not None:
         grads["sink"] += (parts.sink_BtH * -delta[..., 0]).sum((0, 1))
     grads["q"][:, start:end] += dq
 

@@ -53,6 +53,7 @@ class CoGAAttention(nn.Module):
         self.layer, self.config = layer, config
         heads = config.n_head
         self.projections = LatentProjections(config, layer)
+        self.rotary = config.rope_dim
         self.sink_H = nn.Parameter(torch.zeros(heads)) if config.sink else None
         self.alpha_H = nn.Parameter(torch.zeros(heads)) if config.reciprocal else None
         self.grouping = self.group_level = None

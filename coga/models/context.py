@@ -64,7 +64,8 @@ class Alignment:
     def of(cls, mask_BT: Tensor, tokens_BT: Tensor) -> Alignment:
         if mask_BT.shape != tokens_BT.shape:
             raise ValueError(
-                f"attention_mask={tuple(mask_BT.shape)}: must have the shape of tokens, {tuple(tokens_BT.shape)}"
+                f"attention_mask={tuple(mask_BT.shape)}: "
+                f"must have the shape of tokens, {tuple(tokens_BT.shape)}"
             )
         real = mask_BT.bool()
         length, shift = real.sum(-1), real.int().argmax(-1)
@@ -73,7 +74,8 @@ class Alignment:
             span = (place >= shift[:, None]) & (place < (shift + length)[:, None])
             if not bool((span == real).all()) or not bool((length > 0).all()):
                 raise ValueError(
-                    "attention_mask: each row must be one unbroken run of at least one real token (left or right padding)"
+                    "attention_mask: each row must be one unbroken run of at least one real token "
+                    "(left or right padding)"
                 )
         return cls(length, shift)
 

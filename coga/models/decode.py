@@ -1,7 +1,7 @@
 """Chunked prefill and token-by-token decode from a `DecodeState`, and generation.
 
-A chunk of any length is appended layer by layer: project, close the windows that the chunk completes (their
-groups are formed once, then never change), attend, store. Rows of a batch stand at different lengths and close
+A chunk of any length is appended layer by layer: project, close the windows that the chunk completes
+(their groups are formed once, then never change), attend, store. Rows of a batch stand at different lengths and close
 windows at their own time.
 
 Legend: B rows, t tokens of a chunk, s keys, H heads, C content width, L = C + P, W window, G groups in a
@@ -157,7 +157,7 @@ class _Piece:
         return torch.cat([past, latent], 1), key_position, key_query
 
     def _close_windows(self, module: CoGAAttention, x: Tensor, key: Tensor, layer: LayerState) -> None:
-        """Form the groups of every window that this piece completes; rows that close the same one together."""
+        """Form the groups of every window that this piece completes; rows at the same one together."""
         width = layer.layer.window
         closing: dict[int, list[int]] = defaultdict(list)
         for row, (old, new) in enumerate(zip(self.state.lengths, self.counts, strict=True)):
@@ -174,6 +174,7 @@ class _Piece:
         position = window * width + torch.arange(width, device=x.device)
         latent = _take(key[row], position - (length - layer["latent"].shape[1]))
         index = torch.full((len(rows), 1), window, device=x.device)
+        assert module.grouping is not None
         with torch.autocast(x.device.type, enabled=False):
             grouping = module.grouping(
                 latent[:, None, :, : module.projections.content],
@@ -271,7 +272,7 @@ def step(
         here = [min(max(c - start, 0), tokens.shape[1]) for c in counts]
         piece = _Piece(model, state, here, tokens.shape[1])
         x = model.embedding(tokens)
-        for block, layer in zip(model.blocks, state.layers, strict=True):
+        for block, layer in zip(model.stack, state.layers, strict=True):
             x = x + piece.attention(block.attention, block.attention_norm(x), layer)
             x = x + block.mlp(block.mlp_norm(x))
         state.length_B.add_(piece.count_B)

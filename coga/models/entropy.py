@@ -2,8 +2,8 @@
 
     1 - H_i / ln(i + 1),  H_i the entropy of token i's attention over the tokens it can see
 
-averaged over heads and at most 64 evenly spaced queries. The mass of a group summary counts as spread over its
-members: p_m adds p_m (log|g_m| - log p_m). The sink is left out and the rest renormalised.
+averaged over heads and at most 64 evenly spaced queries. The mass of a group summary counts as spread over
+its members: p_m adds p_m (log|g_m| - log p_m). The sink is left out and the rest renormalised.
 Added with `entropy_weight`, it works against attention that collapses onto few tokens.
 """
 
@@ -61,8 +61,8 @@ def entropy_shortfall(
         members=members,
     )
     seen = [p for p in (parts.near_BtHs, parts.opened_BtHk, parts.far_BtHm) if p is not None]
-    mass = sum(p.sum(-1) for p in seen).clamp_min(1e-12)
-    entropy = sum(-torch.xlogy(p, p.clamp_min(1e-30)).sum(-1) for p in seen)
+    mass = torch.stack([p.sum(-1) for p in seen]).sum(0).clamp_min(1e-12)
+    entropy = torch.stack([-torch.xlogy(p, p.clamp_min(1e-30)).sum(-1) for p in seen]).sum(0)
     if far is not None and parts.far_BtHm is not None:
         spread = far.log_size_BM.masked_fill(far.log_size_BM.isinf(), 0).to(mass.dtype)
         entropy = entropy + (parts.far_BtHm * spread[:, None, None]).sum(-1)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -86,9 +87,14 @@ class CoGAGPT(nn.Module):
                 nn.init.normal_(module.weight, std=inner if last else module.in_features**-0.5)
             if isinstance(module, LatentProjections):
                 nn.init.normal_(module.up_HCE, std=module.content**-0.5)
-        for block in self.blocks:
+        for block in self.stack:
             if isinstance(block.attention, CoGAAttention) and block.attention.group_level is not None:
                 nn.init.zeros_(block.attention.group_level.residual.weight)
+
+    @property
+    def stack(self) -> list[Block]:
+        """The blocks, typed."""
+        return cast("list[Block]", list(self.blocks))
 
     @property
     def head_weight(self) -> Tensor:
@@ -101,8 +107,7 @@ class CoGAGPT(nn.Module):
     def call_context(
         self, position: Tensor, length_B: Tensor | None, noise_step: Tensor | int
     ) -> CallContext:
-        attentions = [block.attention for block in self.blocks]
-        widths = {a.projections.rotary if isinstance(a, CoGAAttention) else a.rotary for a in attentions}
+        widths = {block.attention.rotary for block in self.stack}
         return CallContext.of(
             position,
             widths,
@@ -163,7 +168,7 @@ class CoGAGPT(nn.Module):
         context = self.call_context(position, None if align is None else align.length_B, noise_step)
         x = self.embedding(tokens_BT)
         outputs = []
-        for block in self.blocks:
+        for block in self.stack:
             if self.activation_checkpointing and self.training:
                 x, attended = checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -200,7 +205,7 @@ class CoGAGPT(nn.Module):
     def update_groups(self, out: ModelOutput) -> None:
         """After optimizer.step(): unit and slow prototypes, revival, freezing; advances the schedules."""
         now = int(self.step_count)
-        for block, stats in zip(self.blocks, out.stats, strict=True):
+        for block, stats in zip(self.stack, out.stats, strict=True):
             if isinstance(block.attention, CoGAAttention) and block.attention.grouping is not None:
                 block.attention.grouping.update(stats, now)
         self.step_count += 1

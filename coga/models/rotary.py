@@ -23,7 +23,7 @@ def rotary_table(position: Tensor, width: int, theta: float, dtype: torch.dtype)
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate (..., t, P) by a table of shape (..., t, P/2); an axis of heads needs a table with one more axis."""
+    """Rotate (..., t, P) by a table of shape (..., t, P/2); heads need a table with one more axis."""
     cos, sin = table
     a, b = x.to(cos.dtype).chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
