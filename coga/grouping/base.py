@@ -41,12 +41,13 @@ def make_grouping(
     index_BNW: Tensor, groups: int, weight_BNWG: Tensor | None = None, stats: GroupingStats | None = None
 ) -> Grouping:
     """A `Grouping` from the group of each token: one-hot weights if none are given, and slot order."""
-    batch, windows, _ = index_BNW.shape
+    batch, windows, width = index_BNW.shape
     if weight_BNWG is None:
         weight_BNWG = torch.nn.functional.one_hot(index_BNW, groups).to(torch.float32)
     window = torch.arange(windows, device=index_BNW.device)[:, None]
-    group_BS = (window * groups + index_BNW).flatten(1)
-    order_BS = group_BS.sort(dim=-1, stable=True).indices
+    place_BNW = index_BNW.sort(dim=-1, stable=True).indices
+    order_BS = (place_BNW + window * width).flatten(1)
+    group_BS = (index_BNW + window * groups).flatten(1)
     size_BM = group_BS.new_zeros(batch, windows * groups)
     size_BM = size_BM.scatter_add(1, group_BS, torch.ones_like(group_BS))
     return Grouping(

@@ -1,8 +1,8 @@
 """Chunked prefill and token-by-token decode from a `DecodeState`, and generation.
 
 A chunk of any length is appended layer by layer: project, close the windows that the chunk completes
-(their groups are formed once, then never change), attend, store. Rows of a batch stand at different lengths and close
-windows at their own time.
+(their groups are formed once, then never change), attend, store. Rows of a batch stand at
+different lengths and close windows at their own time.
 
 Legend: B rows, t tokens of a chunk, s keys, H heads, C content width, L = C + P, W window, G groups in a
 window, M groups, R ring of 2W latents.

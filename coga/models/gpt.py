@@ -204,7 +204,8 @@ class CoGAGPT(nn.Module):
     @torch.no_grad()
     def update_groups(self, out: ModelOutput) -> None:
         """After optimizer.step(): unit and slow prototypes, revival, freezing; advances the schedules."""
-        now = int(self.step_count)
+        # Reading the step back would wait for the GPU: do it only where the answer matters.
+        now = 0 if self.config.freeze_step is None else int(self.step_count)
         for block, stats in zip(self.stack, out.stats, strict=True):
             if isinstance(block.attention, CoGAAttention) and block.attention.grouping is not None:
                 block.attention.grouping.update(stats, now)

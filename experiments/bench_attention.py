@@ -1,0 +1,363 @@
+"""Time whole attention modules on a GPU: CoGA against multi-head attention with the fastest SDPA backend.
+
+    python experiments/bench_attention.py --out runs/bench
+
+A module is timed from input to output: projections, grouping with its capacity assignment, pooling, group
+attention, selection, gate and output projection included; forward, and forward with backward; both sides
+compiled; medians; batch x length tokens. Before anything is timed, the attention op is compared with the float32
+reference at a length the reference can afford, its error relative to plain PyTorch's error in the same
+dtype: where that check is red, no speed is printed. Rows are appended to DIR/attention_speed.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import gc
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from coga import CoGAConfig
+from coga.kernels import dispatch
+from coga.models.attention import CoGAAttention
+from coga.models.context import CallContext
+from coga.models.mha import MultiHeadAttention
+
+DIM, HEADS = 768, 12
+FIXED = dict(latent_dim=64, rope_dim=32, window=512, layers="32", open_groups=16)
+SETTINGS: dict[str, dict] = {
+    "fixed": FIXED,
+    "C128": FIXED | dict(latent_dim=128),
+    "R64-K8": FIXED | dict(layers="64", open_groups=8),
+    "W1024": FIXED | dict(window=1024),
+    "K8": FIXED | dict(open_groups=8),
+    "K4": FIXED | dict(open_groups=4),
+    "R64-K4": FIXED | dict(layers="64", open_groups=4),
+    "K0": FIXED | dict(open_groups=0),
+    "full": FIXED | dict(layers="full"),
+    "near": FIXED | dict(layers="near"),
+}
+
+
+def module_of(setting: dict, **changes) -> tuple[CoGAAttention, CoGAConfig]:
+    config = CoGAConfig(
+        **{**dict(vocab_size=256, n_layer=1, n_head=HEADS, d_model=DIM), **setting, **changes}
+    )
+    torch.manual_seed(0)
+    module = CoGAAttention(config, config.layer(0))
+    for name, parameter in module.named_parameters():
+        if name.endswith("weight"):
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+        if name.endswith("up_HCE"):
+            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+        if name.endswith(("alpha_H", "sink_H", "far_bias_H")):
+            nn.init.normal_(parameter, std=0.1)
+    return module, config
+
+
+def context_of(config: CoGAConfig, length: int, width: int, dtype: torch.dtype, device: str) -> CallContext:
+    return CallContext.of(
+        torch.arange(length, device=device),
+        {width},
+        config.rope_theta,
+        dtype,
+        length_B=None,
+        noise_step=torch.zeros((), dtype=torch.int64, device=device),
+        step=torch.zeros((), dtype=torch.int64, device=device),
+        training=True,
+        backend=config.backend,
+    )
+
+
+def median_ms(run, repeats: int = 15, warmup: int = 3) -> float:
+    """Median time of a call in milliseconds, by CUDA events."""
+    for _ in range(warmup):
+        run()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[len(times) // 2]
+
+
+def measure(
+    module: nn.Module, x: Tensor, context: CallContext, repeats: int
+) -> dict[str, tuple[float, float]]:
+    """(milliseconds, peak MiB) of "fwd" (no grad) and "fwd+bwd"."""
+    grad = torch.randn_like(x)
+
+    def forward():
+        with torch.no_grad():
+            return module(x, context)
+
+    def both():
+        x.grad = None
+        module(x, context).y_BTD.backward(grad)
+        for parameter in module.parameters():
+            parameter.grad = None
+
+    found = {}
+    for name, run in (("fwd", forward), ("fwd+bwd", both)):
+        ms = median_ms(run, repeats)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        found[name] = ms, (torch.cuda.max_memory_allocated() - before) / 2**20
+    return found
+
+
+def inputs_of(module: CoGAAttention, config: CoGAConfig, length: int, dtype: torch.dtype):
+    """Real inputs of the attention op: queries, latents, groups and selection of a random sequence."""
+    device = "cuda"
+    module = module.to(device, torch.float32)
+    context = context_of(config.replace(backend="reference"), length, config.rope_dim, torch.float32, device)
+    with torch.no_grad():
+        x = torch.randn(1, length, DIM, device=device)
+        table = context.tables[config.rope_dim]
+        q, latent = module.projections.queries(x, table), module.projections.latents(x, table)
+        far = module._groups(x, q, latent, context)[1] if module.layer.kind == "group" else None
+    return q, latent, far
+
+
+def check(setting: dict, dtype: torch.dtype, length: int = 4096) -> tuple[bool, dict[str, float]]:
+    """Error of the op over the error of plain PyTorch in the same dtype; both against float32."""
+    module, config = module_of(setting)
+    q, latent, far = inputs_of(module, config, length, dtype)
+    window = None if module.layer.kind == "full" else module.layer.window
+    grad = torch.randn(*q.shape[:3], config.layer(0).latent_dim, device=q.device)
+
+    def run(kind: torch.dtype, backend: str, rounded: bool) -> list[Tensor]:
+        def leaf(x: Tensor) -> Tensor:
+            x = x.detach().to(dtype) if rounded else x.detach()
+            return x.to(kind).requires_grad_()
+
+        a, b = leaf(q), leaf(latent)
+        wanted = [a, b]
+        here = None
+        if far is not None:
+            group = leaf(far.group_BML)
+            slot = None if far.slot_BSL is None else leaf(far.slot_BSL)
+            here = replace(far, group_BML=group, slot_BSL=slot)
+            wanted += [group] + ([] if slot is None else [slot])
+        out, _ = dispatch.attend(
+            a,
+            b,
+            content=config.layer(0).latent_dim,
+            window=window,
+            band=config.band,
+            alpha_H=module.alpha_H,
+            sink_H=module.sink_H,
+            far=here,
+            backend=backend,
+        )
+        grads = torch.autograd.grad(out, wanted, grad.to(kind))
+        return [out.detach().float(), *[g.float() for g in grads]]
+
+    exact = run(torch.float32, "reference", rounded=True)
+    ours = run(dtype, "auto", rounded=True)
+    # Plain PyTorch in the dtype: the reference's result, rounded to the dtype, is its best case, so compare
+    # with dense attention's own error there: SDPA in the dtype on tensors of the same scale.
+    plain = plain_error(dtype)
+    names = ["out", "dq", "dlatent", "dgroup", "dslot"][: len(exact)]
+    ratio = {
+        name: float((o - e).norm() / e.norm().clamp_min(1e-20)) / plain
+        for name, e, o in zip(names, exact, ours, strict=True)
+    }
+    return all(r <= 2 and r == r for r in ratio.values()), ratio
+
+
+def plain_error(dtype: torch.dtype) -> float:
+    """Relative error of softmax(q k^T) v written in plain PyTorch in `dtype`."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(4, 512, 64, device="cuda").to(dtype).float() for _ in range(3))
+    exact = (q @ k.transpose(1, 2) / 8).softmax(-1) @ v
+    a, b, c = (x.to(dtype) for x in (q, k, v))
+    return float((((a @ b.transpose(1, 2) / 8).softmax(-1) @ c).float() - exact).norm() / exact.norm())
+
+
+def dense_rows(lengths: list[int], tokens, repeats: int, dtype) -> list[dict]:
+    """The baseline: the module with every SDPA backend that runs, and FlexAttention, compiled."""
+    rows = []
+    for length in lengths:
+        batch = tokens(length) // length
+        config = CoGAConfig(vocab_size=256, n_layer=1, n_head=HEADS, d_model=DIM, layers="mha")
+        for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
+            torch.manual_seed(0)
+            module = MultiHeadAttention(config, config.layer(0)).to("cuda", dtype)
+            x = torch.randn(batch, length, DIM, device="cuda", dtype=dtype, requires_grad=True)
+            context = context_of(config, length, module.rotary, dtype, "cuda")
+            with sdpa_kernel(backend), attempt(f"sdpa-{name} {length}"):
+                found = measure(torch.compile(module), x, context, repeats)
+                rows += [row(f"sdpa-{name}", "12x64", length, batch, p, *v) for p, v in found.items()]
+            torch.compiler.reset()
+    return rows
+
+
+@contextlib.contextmanager
+def attempt(what: str):
+    """Report a configuration that cannot run instead of losing the whole benchmark."""
+    try:
+        yield
+    except Exception as error:
+        print(f"{what}: did not run ({type(error).__name__}: {str(error).splitlines()[0][:160]})", flush=True)
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def row(implementation, setting, length, batch, kind, ms, peak) -> dict:
+    return {
+        "implementation": implementation,
+        "setting": setting,
+        "length": length,
+        "batch": batch,
+        "pass": kind,
+        "ms": round(ms, 4),
+        "peak_mib": round(peak, 1),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "gpu": torch.cuda.get_device_name(),
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def table(rows: list[dict]) -> None:
+    """Milliseconds and speed-up over the faster dense backend at the same length and pass."""
+    best: dict = {}
+    for r in rows:
+        if r["implementation"].startswith("sdpa"):
+            key = r["length"], r["pass"]
+            best[key] = min(best.get(key, float("inf")), r["ms"])
+    print(
+        f"{'implementation':16s}{'setting':10s}{'length':>8s} {'pass':8s}{'ms':>9s}{'MiB':>9s}{'x dense':>9s}"
+    )
+    for r in sorted(rows, key=lambda r: (r["pass"], r["length"], r["implementation"], r["setting"])):
+        dense = best.get((r["length"], r["pass"]))
+        speed = f"{dense / r['ms']:9.2f}" if dense else f"{'-':>9s}"
+        print(
+            f"{r['implementation']:16s}{r['setting']:10s}{r['length']:8d} {r['pass']:8s}"
+            f"{r['ms']:9.3f}{r['peak_mib']:9.0f}{speed}"
+        )
+
+
+def parts_of(setting: dict, length: int, tokens: int, dtype: torch.dtype, repeats: int) -> None:
+    """Time of each part of the fixed setting, forward, alone and uncompiled, with what it has to do."""
+    module, config = module_of(setting)
+    module = module.to("cuda", dtype)
+    batch = tokens // length
+    layer, projections = module.layer, module.projections
+    x = torch.randn(batch, length, DIM, device="cuda", dtype=dtype)
+    context = context_of(config, length, config.rope_dim, dtype, "cuda")
+    table_ = context.tables[config.rope_dim]
+    options = dict(
+        content=projections.content, band=config.band, alpha_H=module.alpha_H, sink_H=module.sink_H
+    )
+    with torch.no_grad():
+        q, latent = projections.queries(x, table_), projections.latents(x, table_)
+        _, far = module._groups(x, q, latent, context)
+        closed = replace(far, open_BTK=None, slot_BSL=None)
+        score = torch.randn(batch * length // layer.window, layer.window, layer.groups, device="cuda")
+        mixed, _ = dispatch.attend(q, latent, window=layer.window, far=far, **options)
+        pieces = {
+            "projections in": lambda: (projections.queries(x, table_), projections.latents(x, table_)),
+            "grouping, pooling, group level, selection": lambda: module._groups(x, q, latent, context),
+            "capacity assignment": lambda: dispatch.assign(score, layer.slots),
+            "selection": lambda: dispatch.select(
+                q.mean(2),
+                far.group_BML,
+                far.log_size_BM,
+                count=layer.open_groups,
+                window=layer.window,
+                groups=layer.groups,
+            ),
+            "near": lambda: dispatch.attend(q, latent, window=layer.window, **options),
+            "near + far": lambda: dispatch.attend(q, latent, window=layer.window, far=closed, **options),
+            "near + far + opened": lambda: dispatch.attend(
+                q, latent, window=layer.window, far=far, **options
+            ),
+            "projections out": lambda: projections.output(mixed, x),
+        }
+        width = projections.width + projections.content
+        reads = {"near": 1.5 * layer.window, "near + far": 1.5 * layer.window + length / layer.group_size / 2}
+        reads["near + far + opened"] = reads["near + far"] + layer.open_groups * layer.group_size
+        for name, run in pieces.items():
+            ms = median_ms(run, repeats)
+            flops = 2 * width * HEADS * tokens * reads[name] if name in reads else 0
+            rate = f"{flops / ms / 1e9:8.0f} TFLOP/s" if flops else ""
+            print(f"  {name:44s}{ms:9.3f} ms {rate}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", default="4096,8192,16384,32768,65536,131072")
+    parser.add_argument("--settings", default="fixed", help=f"of {', '.join(SETTINGS)}")
+    parser.add_argument("--tokens", type=int, default=65536, help="tokens a batch (a longer length: one row)")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--parts", action="store_true", help="time the parts of the first setting at 32K")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("bench_attention: device: needs a CUDA GPU", file=sys.stderr)
+        return 2
+    unknown = [s for s in args.settings.split(",") if s not in SETTINGS]
+    if unknown:
+        print(f"bench_attention: settings={unknown[0]!r}: must be of {', '.join(SETTINGS)}", file=sys.stderr)
+        return 2
+    print(vars(args) | {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}, flush=True)
+    dtype = getattr(torch, args.dtype)
+    lengths = [int(x) for x in args.lengths.split(",")]
+
+    def tokens(length: int) -> int:
+        return max(args.tokens, length)
+
+    rows = dense_rows(lengths, tokens, args.repeats, dtype)
+    red = []
+    for name in args.settings.split(","):
+        good, ratio = False, {}
+        with attempt(f"check {name}"):
+            good, ratio = check(SETTINGS[name], dtype)
+        shown = {k: round(v, 2) for k, v in ratio.items()}
+        print(f"check {name}: {'ok' if good else 'RED'}, error over plain PyTorch's: {shown}", flush=True)
+        if not good:
+            red.append(name)
+            continue
+        for length in lengths:
+            batch = tokens(length) // length
+            module, config = module_of(SETTINGS[name])
+            module = module.to("cuda", dtype)
+            x = torch.randn(batch, length, DIM, device="cuda", dtype=dtype, requires_grad=True)
+            context = context_of(config, length, config.rope_dim, dtype, "cuda")
+            with attempt(f"coga {name} {length}"):
+                compiled = torch.compile(module, fullgraph=True)
+                found = measure(compiled, x, context, args.repeats)
+                rows += [row("coga", name, length, batch, p, *v) for p, v in found.items()]
+            torch.compiler.reset()
+    if args.parts:
+        print("parts, forward, uncompiled, at 32,768:")
+        with attempt("parts"):
+            parts_of(SETTINGS[args.settings.split(",")[0]], 32768, args.tokens, dtype, args.repeats)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "attention_speed.json").write_text(json.dumps(rows, indent=1) + "\n")
+    table(rows)
+    if red:
+        print(f"no speed for {', '.join(red)}: the check is red", file=sys.stderr)
+    return 1 if red else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

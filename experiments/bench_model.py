@@ -1,0 +1,120 @@
+"""Training speed of whole models on a GPU: the gpt2 shape with CoGA layers against its multi-head twin.
+
+    python experiments/bench_model.py --n 32768 --out runs/bench
+
+A step is forward with fused loss, backward and AdamW, bf16 autocast, compiled; tokens/s from the median step.
+Before anything is timed, the losses of a few steps with the default backend are compared with the reference
+backend's: where they differ by more than bf16 noise, no speed is printed. Rows go to DIR/model_speed.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from bench_attention import attempt, median_ms, row
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from coga import CoGAConfig
+from coga.models import CoGAGPT
+
+ARMS = {
+    "coga": dict(layers="near 32 32 32", latent_dim=64),
+    "coga-full": dict(layers="full", latent_dim=64),
+    "sdpa-mha": dict(layers="mha"),
+}
+
+
+def step_of(model: CoGAGPT, tokens: torch.Tensor, compiled: bool):
+    """A callable that runs one training step and returns the loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    run = torch.compile(model) if compiled else model
+    counter = torch.zeros((), dtype=torch.int64, device=tokens.device)
+    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def step() -> torch.Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            out = run(x, y, noise_step=counter)
+            loss = out.total_loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        model.update_groups(out)
+        counter.add_(1)
+        return out.loss.detach()
+
+    return step
+
+
+def losses_agree(config: CoGAConfig, steps: int = 4, length: int = 4096) -> bool:
+    """The first losses of two runs that differ in the backend alone."""
+    tokens = torch.randint(config.vocab_size, (1, length + 1), device="cuda")
+    curves = []
+    for backend in ("reference", "auto"):
+        model = CoGAGPT(config.replace(backend=backend)).cuda()
+        step = step_of(model, tokens, compiled=False)
+        curves.append([float(step()) for _ in range(steps)])
+        del model, step
+        torch.cuda.empty_cache()
+    gap = max(abs(a - b) for a, b in zip(*curves, strict=True))
+    print(
+        f"losses reference {curves[0]}\n       kernels   {curves[1]}\n       largest gap {gap:.4f}",
+        flush=True,
+    )
+    return gap < 0.05
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--n", type=int, default=32768)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--arms", default="sdpa-mha,coga,coga-full")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("bench_model: device: needs a CUDA GPU", file=sys.stderr)
+        return 2
+    print(vars(args) | {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}, flush=True)
+    base = CoGAConfig.preset("gpt2")
+    if not losses_agree(base.replace(n_layer=4, **ARMS["coga"])):
+        print("bench_model: the check is red, no speed is reported", file=sys.stderr)
+        return 1
+    rows, rates = [], {}
+    tokens = torch.randint(base.vocab_size, (args.batch, args.n + 1), device="cuda")
+    for name in args.arms.split(","):
+        backends = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION) if "sdpa" in name else (None,)
+        for backend in backends:
+            label = name if backend is None else f"{name}-{backend.name.split('_')[0].lower()}"
+            with attempt(label):
+                model = CoGAGPT(base.replace(**ARMS[name])).cuda()
+                size = sum(p.numel() for p in model.parameters())
+                step = step_of(model, tokens, compiled=not args.no_compile)
+                torch.cuda.reset_peak_memory_stats()
+                with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
+                    ms = median_ms(step, args.repeats, warmup=2)
+                peak = torch.cuda.max_memory_allocated() / 2**20
+                rates[label] = args.batch * args.n / ms * 1e3
+                found = row(label, ARMS[name]["layers"], args.n, args.batch, "train step", ms, peak)
+                rows.append(found | {"tokens_per_s": round(rates[label]), "parameters": size})
+                print(
+                    f"{label:16s}{ms:9.1f} ms {rates[label]:10.0f} tokens/s {peak:8.0f} MiB {size / 1e6:.0f}M"
+                )
+                del model, step
+            torch.compiler.reset()
+    dense = max((r for label, r in rates.items() if "sdpa" in label), default=None)
+    for label, rate in rates.items():
+        if dense:
+            print(f"{label:16s}{rate / dense:6.2f} x the faster multi-head twin")
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "model_speed.json").write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
