@@ -4,9 +4,9 @@
 
 A module is timed from input to output: projections, grouping with its capacity assignment, pooling, group
 attention, selection, gate and output projection included; forward, and forward with backward; both sides
-compiled; medians; batch x length tokens. Before anything is timed, the attention op is compared with the float32
-reference at a length the reference can afford, its error relative to plain PyTorch's error in the same
-dtype: where that check is red, no speed is printed. Rows are appended to DIR/attention_speed.json.
+compiled; medians; batch x length tokens. Before anything is timed, the attention op is compared with the
+float32 reference at a length the reference can afford, its error relative to plain PyTorch's error in the
+same dtype: where that check is red, no speed is printed. Rows go to DIR/attention_speed.json.
 """
 
 from __future__ import annotations
