@@ -29,7 +29,7 @@ from coga.types import Far
 if TYPE_CHECKING:
     from coga.models.gpt import CoGAGPT
 
-__all__ = ["DecodeState", "generate", "step"]
+__all__ = ["DecodeState", "advance", "generate", "step"]
 
 PIECE = 512  # tokens of a chunk that are processed at a time, which bounds the memory of a long prefill
 
@@ -68,12 +68,21 @@ def _write(store: Tensor, chunk: Tensor, length_B: Tensor, count_B: Tensor) -> N
 
 
 class _Piece:
-    """One piece of a chunk on its way through the layers."""
+    """One piece of a chunk on its way through the layers.
 
-    def __init__(self, model: CoGAGPT, state: DecodeState, count: list[int], width: int) -> None:
-        self.state, self.counts = state, count
+    static: shapes do not follow the lengths (all storage is read under masks), so that a graph captured once
+    can be replayed at any length.
+    """
+
+    def __init__(
+        self, model: CoGAGPT, state: DecodeState, count: list[int], width: int, static: bool = False
+    ) -> None:
+        self.state, self.counts, self.static = state, count, static
         device = state.length_B.device
-        self.count_B = torch.tensor(count, device=device)
+        if all(c == width for c in count):  # no copy from the host: allowed while a graph is captured
+            self.count_B = torch.full_like(state.length_B, width)
+        else:
+            self.count_B = torch.tensor(count, device=device)
         self.position_Bt = state.length_B[:, None] + torch.arange(width, device=device)
         training, model.training = model.training, False
         self.context: CallContext = model.call_context(self.position_Bt, None, 0)
@@ -89,8 +98,9 @@ class _Piece:
         length = self.state.length_B
         for name, new in (("key", k), ("value", v)):
             _write(layer[name], new, length, self.count_B)
-        end = max(self.state.lengths) + x.shape[1]
-        seen = torch.arange(min(end, layer["key"].shape[1]), device=x.device)
+        stored = layer["key"].shape[1]
+        end = stored if self.static else min(max(self.state.lengths) + x.shape[1], stored)
+        seen = torch.arange(end, device=x.device)
         key, value = (layer[n][:, : len(seen)].to(q.dtype).transpose(1, 2) for n in ("key", "value"))
         mask = (seen <= self.position_Bt[..., None])[:, None]
         y = scaled_dot_product_attention(q.transpose(1, 2), key, value, attn_mask=mask)
@@ -149,7 +159,7 @@ class _Piece:
         """Keys of a dense layer, by position up to each row's end, aligned with the recent queries."""
         length, width = self.state.length_B, latent.shape[1]
         stored = layer["latent"]
-        end = max(self.state.lengths)
+        end = stored.shape[1] if self.static else max(self.state.lengths)
         # Right-aligned like the ring, so that the last keys are the chunk's own tokens in every row.
         position = length[:, None] - end + torch.arange(end, device=stored.device)
         past = _take(stored, position.clamp_min(0)).to(latent.dtype)
@@ -216,6 +226,8 @@ class _Piece:
         config = layer.layer
         longest = max(n + c for n, c in zip(self.state.lengths, self.counts, strict=True))
         read = max(0, (longest - 1) // config.window - 1) * config.groups
+        if self.static:
+            read = layer["raw"].shape[1]
         if read == 0:
             return None
         group = layer.get("refined") if module.group_level is not None else layer["raw"]
@@ -248,6 +260,19 @@ class _Piece:
         )
 
 
+def advance(
+    model: CoGAGPT, tokens_Bt: Tensor, state: DecodeState, counts: list[int], static: bool = False
+) -> Tensor:
+    """Run one piece through all layers and store it; hidden states (B, t, D). `state.lengths` stays."""
+    piece = _Piece(model, state, counts, tokens_Bt.shape[1], static)
+    x = model.embedding(tokens_Bt)
+    for block, layer in zip(model.stack, state.layers, strict=True):
+        x = x + piece.attention(block.attention, block.attention_norm(x), layer)
+        x = x + block.mlp(block.mlp_norm(x))
+    state.length_B.add_(piece.count_B)
+    return model.norm(x)
+
+
 @torch.no_grad()
 def step(
     model: CoGAGPT,
@@ -270,14 +295,8 @@ def step(
     for start in range(0, width, PIECE):
         tokens = tokens_BT[:, start : start + PIECE]
         here = [min(max(c - start, 0), tokens.shape[1]) for c in counts]
-        piece = _Piece(model, state, here, tokens.shape[1])
-        x = model.embedding(tokens)
-        for block, layer in zip(model.stack, state.layers, strict=True):
-            x = x + piece.attention(block.attention, block.attention_norm(x), layer)
-            x = x + block.mlp(block.mlp_norm(x))
-        state.length_B.add_(piece.count_B)
+        hidden.append(advance(model, tokens, state, here))
         state.lengths[:] = [n + c for n, c in zip(state.lengths, here, strict=True)]
-        hidden.append(model.norm(x))
     final = torch.cat(hidden, 1)
     if last_only:
         last = torch.tensor(counts, device=final.device)[:, None] - 1

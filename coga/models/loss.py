@@ -1,8 +1,9 @@
 """Cross-entropy of a linear head without holding the logits of a whole long sequence.
 
 At 32,768 tokens and a vocabulary of 50K, float32 logits take 6.6 GB. Where torch has a chunked
-`torch.nn.functional.linear_cross_entropy` (2.13) that is used; elsewhere, and under autocast, rows are taken in
-chunks here, each recomputed in the backward pass, so that the peak is one chunk of logits whatever the length.
+`torch.nn.functional.linear_cross_entropy` (2.13) that is used; elsewhere, and under autocast, rows are
+taken in chunks here, each recomputed in the backward pass, so that the peak is one chunk of logits whatever
+the length.
 """
 
 from __future__ import annotations
