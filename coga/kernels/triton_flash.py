@@ -92,7 +92,7 @@ def load_tile(base, row, limit, col, STRIDE: tl.constexpr, WIDTH: tl.constexpr, 
 @triton.jit
 def bit_word(bits_ptr, token, live, first, length, key, BN: tl.constexpr, KEYS_FIRST: tl.constexpr):
     """Words that hold the opened bits of keys first .. first+BN-1, one word a token and key."""
-    bits_ptr += (first // 32) * length.to(tl.int64)
+    bits_ptr += (first // 32) * (length + tl.full([], 0, tl.int64))
     word = tl.load(bits_ptr + token, mask=live, other=0)
     if KEYS_FIRST:
         word = word[None, :]
@@ -113,9 +113,16 @@ def bit_word(bits_ptr, token, live, first, length, key, BN: tl.constexpr, KEYS_F
 # ------------------------------------------------------------------------------------------- opened bits
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "words"])
 def _bits_kernel(
-    open_ptr, bits_ptr, length, words, K: tl.constexpr, KB: tl.constexpr, BT: tl.constexpr, WORDS: tl.constexpr
+    open_ptr,
+    bits_ptr,
+    length,
+    words,
+    K: tl.constexpr,
+    KB: tl.constexpr,
+    BT: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
     token = tl.program_id(0) * BT + tl.arange(0, BT)
     live = token < length
@@ -132,7 +139,7 @@ def _bits_kernel(
             bit = tl.full([BT, KB], 1, tl.int32) << (group & 31)
             # A token opens a group at most once, so the sum of its bits is their union.
             value += tl.sum(tl.where((group >> 5) == word, bit, 0), 1)
-        tl.store(bits_ptr + word * length.to(tl.int64) + token, value, mask=live)
+        tl.store(bits_ptr + word * (length + tl.full([], 0, tl.int64)) + token, value, mask=live)
 
 
 def opened_bits(open_BTK: Tensor, groups: int) -> Tensor:
@@ -168,11 +175,14 @@ def _absorb(s, m, norm, acc, value, SCALED: tl.constexpr, GUARD: tl.constexpr):
         p = tl.exp2(s * LOG2E - base[:, None])
     old = tl.exp2(m - base)
     norm = norm * old + tl.sum(p, 1)
-    acc = tl.dot(p.to(value.dtype), value, acc * old[:, None], input_precision="ieee")
+    # A product of its own: ptxas serialises every wgmma of the loop when this one stays in flight past its end.
+    # (fma, because the compiler folds a plain sum back into the product.)
+    part = tl.dot(p.to(value.dtype), value, input_precision="ieee")
+    acc = tl.fma(acc, tl.broadcast_to(old[:, None], acc.shape), part)
     return higher, norm, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "total", "words"])
 def _forward_kernel(
     q_ptr,
     latent_ptr,
@@ -220,6 +230,7 @@ def _forward_kernel(
     start_row = batch * length + first
     latent_ptr += batch * length * L
     q_head = q_ptr + (batch * length * H + head) * L
+    row_step = tl.full([], H * L, tl.int64)
     q_rows = q_ptr + (start_row * H + head) * L
     q_c = load_tile(q_rows, x, rows, c, H * L, C, True)
     if P > 0:
@@ -298,7 +309,7 @@ def _forward_kernel(
         j = (start + n)[None, :]
         seen = j < key_high(i, length, MODE, UNIT)[:, None]
         if RECIPROCAL:
-            key_query = load_tile(q_head + start.to(tl.int64) * (H * L), n, length - start, c, H * L, C, True)
+            key_query = load_tile(q_head + start * row_step, n, length - start, c, H * L, C, True)
             term = tl.dot(own, tl.trans(key_query), input_precision="ieee")
             near = seen & (j >= band_low(i, MODE, UNIT, BAND)[:, None])
             s += tl.where(near, term * alpha, 0.0)

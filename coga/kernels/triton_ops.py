@@ -1,0 +1,214 @@
+"""Triton bodies of the custom ops in `coga.kernels.dispatch`: which kernel runs when, and in what order.
+
+    attend            opened members, then one pass over summaries and near tokens that merges everything
+    attend_backward   delta; opened members; gradients of the keys; gradients of the queries, which collect
+    group_attend      the same pass with the bounds and the log sizes of groups
+
+Every kernel of the backward pass reads the log-sum-exp of the whole softmax, so the parts need no order and
+no weights of their own. Shapes and dtypes without a kernel (float64, very wide latents) use the reference.
+
+Legend: B batch, T tokens, H heads, C content width, L = C + P, M groups, G groups in a window, K opened.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from coga.kernels import reference
+from coga.kernels.triton_assign import assign
+from coga.kernels.triton_flash import CAUSAL, FAR, GROUPED, WINDOWED, flash_forward, opened_bits
+from coga.kernels.triton_flash_backward import delta_rows, keys_gradient, queries_gradient
+from coga.kernels.triton_opened import opened_backward, opened_forward
+from coga.kernels.triton_select import select
+from coga.types import Far
+
+__all__ = ["assign", "attend", "attend_backward", "group_attend", "group_attend_backward", "select"]
+
+WIDEST_CONTENT, WIDEST_ROTARY = 256, 128
+
+
+def _has_kernel(q: Tensor, content: int) -> bool:
+    known = q.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return known and q.numel() > 0 and content <= WIDEST_CONTENT and q.shape[-1] - content <= WIDEST_ROTARY
+
+
+def _dense(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    if x is None:
+        return None
+    return (x if dtype is None else x.to(dtype)).contiguous()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Contiguous inputs in the dtype of q, and the options that the kernels share."""
+
+    q: Tensor
+    latent: Tensor
+    far: Far | None
+    near: dict  # near part, every kernel
+    summary: dict  # far part, every kernel
+    opens: bool
+
+    @classmethod
+    def of(cls, q, latent, content, window, band, alpha, sink, far) -> _Plan:
+        mode, unit = (CAUSAL, 1) if window is None else (WINDOWED, window)
+        near = dict(content=content, mode=mode.value, unit=unit)
+        if alpha is not None and band > 0:
+            near |= dict(band=band, alpha_H=_dense(alpha))
+        summary: dict = {}
+        opens = False
+        if far is not None and far.group_BML.shape[1] == 0:
+            far = None
+        if far is not None:
+            assert window is not None
+            far = replace(
+                far,
+                group_BML=_dense(far.group_BML, q.dtype),
+                log_size_BM=_dense(far.log_size_BM, torch.float32),
+                far_bias_H=_dense(far.far_bias_H),
+                slot_BSL=_dense(far.slot_BSL, q.dtype),
+            )
+            opens = far.open_BTK is not None and far.open_BTK.shape[-1] > 0 and far.slot_BSL.shape[1] > 0
+            summary = dict(far_bias_H=far.far_bias_H, groups=far.groups)
+            if opens:
+                summary["bits"] = opened_bits(far.open_BTK, far.group_BML.shape[1])
+        return cls(_dense(q), _dense(latent, q.dtype), far, near, summary, opens)
+
+    @property
+    def groups(self) -> dict:
+        """Far part as the kernels that walk over keys take it."""
+        if self.far is None:
+            return {}
+        return self.summary | dict(group_BML=self.far.group_BML, log_size_BM=self.far.log_size_BM)
+
+    @property
+    def opened(self) -> tuple:
+        far = self.far
+        assert far is not None
+        return self.q, far.slot_BSL, far.offset_BM, far.size_BM, far.open_BTK
+
+
+def attend(
+    q_BTHL: Tensor,
+    latent_BTL: Tensor,
+    *,
+    content: int,
+    window: int | None = None,
+    band: int = 0,
+    alpha_H: Tensor | None = None,
+    sink_H: Tensor | None = None,
+    far: Far | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`reference.attend` on the GPU: output (B, T, H, C) and log-sum-exp (B, T, H) in float32."""
+    if not _has_kernel(q_BTHL, content):
+        options = dict(content=content, window=window, band=band, alpha_H=alpha_H, sink_H=sink_H, far=far)
+        return reference.attend(q_BTHL, latent_BTL, **options)
+    plan = _Plan.of(q_BTHL, latent_BTL, content, window, band, alpha_H, sink_H, far)
+    opened = None
+    if plan.opens:
+        opened = opened_forward(*plan.opened, content=content, slots=plan.far.slots)
+    return flash_forward(
+        plan.q, plan.latent, **plan.near, **plan.groups, sink_H=_dense(sink_H), opened=opened
+    )
+
+
+def attend_backward(
+    grad_BTHC: Tensor,
+    out_BTHC: Tensor,
+    lse_BTH: Tensor,
+    q_BTHL: Tensor,
+    latent_BTL: Tensor,
+    *,
+    content: int,
+    window: int | None = None,
+    band: int = 0,
+    alpha_H: Tensor | None = None,
+    sink_H: Tensor | None = None,
+    far: Far | None = None,
+) -> dict[str, Tensor]:
+    """`reference.attend_backward` on the GPU; dq comes in the dtype of q, the rest in float32."""
+    if not _has_kernel(q_BTHL, content):
+        options = dict(content=content, window=window, band=band, alpha_H=alpha_H, sink_H=sink_H, far=far)
+        return reference.attend_backward(grad_BTHC, out_BTHC, lse_BTH, q_BTHL, latent_BTL, **options)
+    plan = _Plan.of(q_BTHL, latent_BTL, content, window, band, alpha_H, sink_H, far)
+    grad, lse = _dense(grad_BTHC, plan.q.dtype), _dense(lse_BTH)
+    rows = (grad, lse, delta_rows(grad, _dense(out_BTHC)), plan.q)
+    grads: dict[str, Tensor] = {}
+    dq_opened = None
+    if plan.opens:
+        dq_opened, grads["slot"] = opened_backward(
+            *rows[:3], *plan.opened, content=content, slots=plan.far.slots
+        )
+    if plan.far is not None:
+        options = dict(content=content, mode=FAR.value, unit=window, log_size_BN=plan.far.log_size_BM)
+        grads["group"], _ = keys_gradient(*rows, plan.far.group_BML, **options, **plan.summary)
+    grads["latent"], dq_band = keys_gradient(*rows, plan.latent, **plan.near)
+    grads["q"], dc, scalars = queries_gradient(
+        *rows,
+        plan.latent,
+        **plan.near,
+        **plan.groups,
+        sink_H=_dense(sink_H),
+        dq_opened=dq_opened,
+        dq_band=dq_band,
+    )
+    if dc is not None:
+        grads["latent"][..., :content] += dc.sum(2, dtype=torch.float32)
+    return grads | scalars
+
+
+def group_attend(
+    q_BMHL: Tensor,
+    query_window: Tensor,
+    latent_BML: Tensor,
+    log_size_BM: Tensor,
+    *,
+    content: int,
+    groups: int,
+    alpha_H: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`reference.group_attend` of all groups of a sequence: window m // G for query group m."""
+    if not _has_kernel(q_BMHL, content):
+        options = dict(content=content, groups=groups, alpha_H=alpha_H)
+        return reference.group_attend(q_BMHL, query_window, latent_BML, log_size_BM, **options)
+    return flash_forward(
+        _dense(q_BMHL),
+        _dense(latent_BML, q_BMHL.dtype),
+        content=content,
+        mode=GROUPED.value,
+        unit=groups,
+        alpha_H=_dense(alpha_H),
+        log_size_BM=_dense(log_size_BM, torch.float32),
+    )
+
+
+def group_attend_backward(
+    grad_BMHC: Tensor,
+    out_BMHC: Tensor,
+    lse_BMH: Tensor,
+    q_BMHL: Tensor,
+    latent_BML: Tensor,
+    log_size_BM: Tensor,
+    *,
+    content: int,
+    groups: int,
+    alpha_H: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """`reference.group_attend_backward` on the GPU; dq comes in the dtype of q, the rest in float32."""
+    if not _has_kernel(q_BMHL, content):
+        options = dict(content=content, groups=groups, alpha_H=alpha_H)
+        inputs = (grad_BMHC, out_BMHC, lse_BMH, q_BMHL, latent_BML, log_size_BM)
+        return reference.group_attend_backward(*inputs, **options)
+    q, latent = _dense(q_BMHL), _dense(latent_BML, q_BMHL.dtype)
+    options = dict(content=content, mode=GROUPED.value, unit=groups, alpha_H=_dense(alpha_H))
+    log_size = _dense(log_size_BM, torch.float32)
+    grad, lse = _dense(grad_BMHC, q.dtype), _dense(lse_BMH)
+    rows = (grad, lse, delta_rows(grad, _dense(out_BMHC)), q)
+    dlatent, dq_band = keys_gradient(*rows, latent, log_size_BN=log_size, **options)
+    dq, dc, scalars = queries_gradient(*rows, latent, log_size_BM=log_size, dq_band=dq_band, **options)
+    if dc is not None:
+        dlatent[..., :content] += dc.sum(2, dtype=torch.float32)
+    return {"q": dq, "latent": dlatent} | scalars
