@@ -1,0 +1,148 @@
+"""What the training scripts share: errors, device, run folders, memory, one-line facts about the machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = [
+    "FINISHED",
+    "RUN_FILES",
+    "choose_device",
+    "environment",
+    "fail",
+    "holds_run",
+    "make_folder",
+    "peak_memory",
+    "precision",
+    "read_json",
+    "replace_with",
+    "reset_peak_memory",
+    "write_json",
+    "write_text",
+]
+
+FINISHED = "report.json"  # written last: a run that has it is complete
+RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint", "checkpoint.old", FINISHED, "sample.txt")
+
+
+def fail(message: object, code: int = 2) -> int:
+    """Print one line on stderr; returns the exit code."""
+    line = " ".join(str(message).split())
+    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
+    return code
+
+
+# --- device ------------------------------------------------------------------------------------------------
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:1". ValueError on what is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={name!r}: must be auto, cpu, cuda or cuda:INDEX")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ValueError(f"device={name!r}: this machine has {count} CUDA devices")
+    return device
+
+
+def precision(device: torch.device) -> AbstractContextManager:
+    """bfloat16 autocast on CUDA, float32 on a CPU."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a figure depends on besides the settings."""
+    where = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    return {
+        "device": where,
+        "precision": "bfloat16 autocast" if device.type == "cuda" else "float32",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new peak, where the system allows it: the next arm of a comparison has its own."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):  # where it is not allowed, peak_memory stays that of the whole process
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most allocated on the GPU, or the most resident memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# --- folders and files -------------------------------------------------------------------------------------
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run left anything here."""
+    return any((folder / name).exists() for name in RUN_FILES)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder that can be written to, or raise ValueError and leave nothing behind."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    made: list[Path] = []
+    try:
+        for one in reversed(missing):
+            one.mkdir()
+            made.append(one)
+        probe = folder / f".write-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        for one in reversed(made):
+            one.rmdir()
+        raise ValueError(f"out={str(folder)!r}: must be a folder that can be written to ({error})") from error
+
+
+def replace_with(path: Path, write: Callable[[Path], object]) -> None:
+    """Write under a temporary name in the same folder, then rename."""
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    replace_with(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """ValueError when the file is missing or no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from error
