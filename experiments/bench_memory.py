@@ -1,0 +1,85 @@
+"""Peak memory of a training step against the length of the context: is it linear?
+
+    python experiments/bench_memory.py --lengths 4096,8192,16384,32768 --out runs/memory
+
+Each length runs in a process of its own: two optimizer steps on random tokens; the figure is the peak
+resident size (CPU) or allocation (CUDA) above what the process held before the model was built. A line through zero
+growth, memory = a + b T, is fitted to the two shortest lengths and the others are compared with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from coga import CoGAConfig
+from coga.models import CoGAGPT
+
+
+def measure(length: int, preset: str, device: str) -> float:
+    """MiB that two training steps need at this length."""
+    torch.manual_seed(0)
+    small = CoGAGPT(CoGAConfig.preset("tiny"))  # loads every library before the baseline is taken
+    small(torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8, dtype=torch.int64)).total_loss.backward()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    model = CoGAGPT(CoGAConfig.preset(preset)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    tokens = torch.randint(model.config.vocab_size, (1, length + 1), device=device)
+    for step in range(2):
+        out = model(tokens[:, :-1], tokens[:, 1:], noise_step=step)
+        out.total_loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.update_groups(out)
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", default="4096,8192,16384,32768")
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("runs/memory"))
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one is not None:
+        print(measure(args.one, args.preset, args.device))
+        return 0
+    lengths = [int(x) for x in args.lengths.split(",")]
+    if len(lengths) < 3 or lengths != sorted(set(lengths)):
+        print(f"bench_memory: lengths={args.lengths!r}: must be three or more, ascending", file=sys.stderr)
+        return 2
+    print(f"preset {args.preset}, device {args.device}, torch {torch.__version__}", flush=True)
+    found = {}
+    for length in lengths:
+        command = [sys.executable, __file__, "--one", str(length), "--preset", args.preset]
+        done = subprocess.run([*command, "--device", args.device], capture_output=True, text=True, check=True)
+        found[length] = float(done.stdout.split()[-1])
+        print(f"{length:8d} tokens {found[length]:9.1f} MiB", flush=True)
+    first, second = lengths[:2]
+    slope = (found[second] - found[first]) / (second - first)
+    print(f"\n{'tokens':>8s}{'MiB':>10s}{'linear':>10s}{'ratio':>8s}{'KiB/token':>11s}")
+    rows = []
+    for length in lengths:
+        line = found[first] + slope * (length - first)
+        ratio = found[length] / line
+        print(
+            f"{length:8d}{found[length]:10.1f}{line:10.1f}{ratio:8.3f}{found[length] * 1024 / length:11.2f}"
+        )
+        rows.append({"tokens": length, "mib": round(found[length], 1), "over_linear": round(ratio, 4)})
+    args.out.mkdir(parents=True, exist_ok=True)
+    report = {"preset": args.preset, "device": args.device, "torch": torch.__version__, "rows": rows}
+    (args.out / "memory.json").write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
