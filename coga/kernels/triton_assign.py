@@ -6,7 +6,7 @@ proposals until it is full: the rule, ties included, of `coga.kernels.capacity.a
 keys. The keys of the tokens still unplaced are packed to the front of a scratch row, so the count costs
 W x unplaced comparisons, and after the first round few are left.
 
-Cost: about 1.5 W^2 comparisons a window and at most G rounds of W G choices; no sort, no host synchronisation.
+Cost: about 1.5 W^2 comparisons a window and at most G rounds of W G choices; no sort; the host never waits.
 
 Legend: N windows, W tokens in a window, G groups in a window; in the kernel BW, BG powers of two above them,
 GC groups in a tile, JC keys compared at a time.
@@ -102,7 +102,9 @@ def _assign_kernel(
     tl.store(out_ptr + window * width + w, placed.to(tl.int64), mask=w < width)
 
 
-def assign(score_NWG: Tensor, slots: int, step: float, *, warps: int | None = None, chunk: int = 16) -> Tensor:
+def assign(
+    score_NWG: Tensor, slots: int, step: float, *, warps: int | None = None, chunk: int = 16
+) -> Tensor:
     """`coga.kernels.capacity.assign`: group (N, W) int64 of each token, at most `slots` tokens a group.
 
     float64 scores, and windows of more than `WIDEST` tokens, run the reference.

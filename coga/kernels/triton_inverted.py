@@ -6,16 +6,17 @@ tokens that read it. Turned round, each group has the list of tokens that opened
     dk_j = sum_{t opened j's group, h} ds_thj q_th + [first C dims] p_thj dO_th
     p = exp(q . k - lse)     ds = p (dO . c - delta)
 
-The list of pairs is sorted by group (a stable sort of B T K small integers), cut into segments of about
-SEGMENT pairs, however many tokens a group drew, and each segment is one program: rows are (token, head),
-packed without gaps, members are the rows of the score tile. Segments write partial sums, which a second
-kernel adds in order: the result is deterministic and needs no atomics. To keep queries in cache, the list is
-first cut into blocks of `BLOCK` tokens, so that programs that run together read the same tokens.
+The pairs are sorted by group (a stable sort of B T K small integers) and each list is cut evenly into
+segments of at most SEGMENT pairs, however many tokens a group drew. A segment is one program: the columns of
+its score tile are (token, head), packed without gaps, the rows are members. Segments write partial sums,
+which a second kernel adds in order: the result is deterministic and needs no atomics. Shapes are static; the
+host never waits.
 
-Cost: B T K H (L + C) 2 bytes of queries and gradients (bf16), B T K H S (2 L + 2 C) multiply-adds.
+Cost: B T K H (L + C) 2 bytes of queries and gradients (bf16), B T K H S (2 L + 2 C) multiply-adds, and
+(B T K / SEGMENT + B M) S L 4 bytes of partial sums.
 
 Legend: B batch, T tokens, H heads, C content width, P rotary width, L = C+P, M groups of a row, K opened
-groups a token, S slots of a group; a list is one (row, block, group), V of them; N = B T K pairs.
+groups a token, S slots of a group; V = B M lists, N = B T K pairs.
 """
 
 from __future__ import annotations
@@ -29,8 +30,7 @@ from torch import Tensor
 
 __all__ = ["Inverted", "invert", "slot_gradient"]
 
-SEGMENT = 256  # pairs a program sums at most
-BLOCK = 8192  # tokens whose queries and gradients (4 KB each at 12 heads of 96) share the cache
+SEGMENT = 256  # most pairs a program sums
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -40,40 +40,144 @@ class Inverted:
     """Pairs (token, opened group) sorted by list.
 
     order_N    int64, pairs (flat over B, T, K) by list, then by token
-    first_V    int64 (V+1), where each list starts in `order_N`
+    first_V    int32 (V+1), where each list starts in `order_N`
     end_V      int64, segments of lists 0 .. v
-    owner      int64 (programs), list of each segment; V where there is no such segment
-    blocks     lists of a group in each row
+    owner      int32 (programs), list of each segment; V where there is no such segment
     """
 
     order_N: Tensor
     first_V: Tensor
     end_V: Tensor
     owner: Tensor
-    blocks: int
 
 
-def invert(open_BTK: Tensor, groups: int, *, segment: int = SEGMENT, block: int = BLOCK) -> Inverted:
-    """Lists of the tokens that opened each of `groups` groups; static shapes, no host synchronisation."""
+@triton.jit
+def _key_kernel(open_ptr, key_ptr, pairs, row, groups, lists, BLOCK: tl.constexpr):
+    """List of each pair: row of the batch, then group; `lists` for an entry that opens nothing."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    group = tl.load(open_ptr + n, mask=n < pairs, other=-1)
+    key = tl.where(group >= 0, n // row * groups + group, lists)
+    tl.store(key_ptr + n, key.to(key_ptr.dtype.element_ty), mask=n < pairs)
+
+
+@triton.jit
+def _lower_bound(sorted_ptr, count, value, STEPS: tl.constexpr):
+    """First position in a sorted row of `count` whose entry is at least `value`."""
+    low = tl.zeros_like(value)
+    high = low + count
+    for _ in range(STEPS):
+        middle = (low + high) // 2
+        entry = tl.load(sorted_ptr + middle, mask=middle < high, other=0).to(tl.int32)
+        below = (entry < value) & (middle < high)
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(below, high, middle)
+    return low
+
+
+@triton.jit
+def _bound_kernel(
+    key_ptr,
+    first_ptr,
+    segments_ptr,
+    pairs,
+    lists,
+    SEGMENT: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Where each list starts, and how many segments it has."""
+    v = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    first = _lower_bound(key_ptr, pairs, v, STEPS)
+    last = _lower_bound(key_ptr, pairs, v + 1, STEPS)
+    tl.store(first_ptr + v, first, mask=v <= lists)
+    tl.store(segments_ptr + v, (last - first + SEGMENT - 1) // SEGMENT, mask=v < lists)
+
+
+@triton.jit
+def _owner_kernel(end_ptr, owner_ptr, programs, lists, STEPS: tl.constexpr, BLOCK: tl.constexpr):
+    """List of each segment: the first whose last segment comes after it."""
+    p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(owner_ptr + p, _lower_bound(end_ptr, lists, p + 1, STEPS), mask=p < programs)
+
+
+def invert(open_BTK: Tensor, groups: int, *, segment: int = SEGMENT) -> Inverted:
+    """Lists of the tokens that opened each of `groups` groups of a row, for contiguous `open_BTK`."""
     batch, length, count = open_BTK.shape
-    device = open_BTK.device
-    blocks = triton.cdiv(length, block)
-    lists = batch * blocks * groups
+    pairs, lists = open_BTK.numel(), batch * groups
+    assert max(pairs, lists) < 2**30
     small = torch.int16 if lists < 2**15 else torch.int32  # fewer radix passes
-    base = torch.arange(batch, device=device)[:, None] * blocks + torch.arange(length, device=device) // block
-    key = torch.where(open_BTK >= 0, base[..., None] * groups + open_BTK, lists).to(small)
-    key, order = key.flatten().sort(stable=True)
-    first = torch.searchsorted(key, torch.arange(lists + 1, device=device, dtype=small))
-    end = ((first.diff() + segment - 1) // segment).cumsum(0)
-    programs = batch * length * count // segment + lists
-    owner = torch.searchsorted(end, torch.arange(programs, device=device), right=True)
-    return Inverted(order, first, end, owner, blocks)
+    key = torch.empty(pairs, dtype=small, device=open_BTK.device)
+    _key_kernel[(triton.cdiv(pairs, 1024),)](open_BTK, key, pairs, length * count, groups, lists, BLOCK=1024)
+    key, order = key.sort(stable=True)
+    first = torch.empty(lists + 1, dtype=torch.int32, device=key.device)
+    segments = torch.empty(lists, dtype=torch.int32, device=key.device)
+    _bound_kernel[(triton.cdiv(lists + 1, 64),)](
+        key, first, segments, pairs, lists, SEGMENT=segment, STEPS=pairs.bit_length(), BLOCK=64, num_warps=2
+    )
+    end = segments.cumsum(0)
+    owner = torch.empty(pairs // segment + lists, dtype=torch.int32, device=key.device)
+    _owner_kernel[(triton.cdiv(len(owner), 64),)](
+        end, owner, len(owner), lists, STEPS=lists.bit_length(), BLOCK=64, num_warps=2
+    )
+    return Inverted(order, first, end, owner)
+
+
+@triton.jit
+def columns(rows, c, C: tl.constexpr):
+    """Mask of a tile: these rows, and the first C columns where the tile is wider."""
+    if c.shape[0] == C:
+        mask = rows
+    else:
+        mask = rows & (c < C)[None, :]
+    return mask
+
+
+@triton.jit
+def _halves(x):
+    """Left and right half of the columns."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def product(x, y, start=None):
+    """x @ y^T (+ start), in float32.
+
+    float32 operands are summed in up to four parts: one chain of L additions would round twice as much as
+    plain PyTorch does.
+    """
+    if x.dtype == tl.float32 and x.shape[1] >= 64:
+        x0, x1 = _halves(x)
+        y0, y1 = _halves(y)
+        xa, xb = _halves(x0)
+        xc, xd = _halves(x1)
+        ya, yb = _halves(y0)
+        yc, yd = _halves(y1)
+        left = tl.dot(xa, tl.trans(ya), input_precision="ieee") + tl.dot(
+            xb, tl.trans(yb), input_precision="ieee"
+        )
+        right = tl.dot(xc, tl.trans(yc), input_precision="ieee") + tl.dot(
+            xd, tl.trans(yd), input_precision="ieee"
+        )
+        s = left + right
+        if start is not None:
+            s += start
+    elif start is not None:
+        if x.dtype == tl.float32:
+            s = start + tl.dot(x, tl.trans(y), input_precision="ieee")
+        else:
+            s = tl.dot(x, tl.trans(y), start)
+    else:
+        s = tl.dot(x, tl.trans(y), input_precision="ieee")
+    return s
 
 
 @triton.jit
 def _token(order_ptr, pair, count, K: tl.constexpr):
-    """Token (flat over B, T) of a pair of the segment. Unsigned: division by a constant is then one shift."""
-    return (tl.load(order_ptr + pair, mask=pair < count, other=0).to(tl.uint32) // K).to(tl.int32)
+    """Token (flat over B, T) of a pair of the segment; past the end, of its last pair.
+
+    Unsigned: the division by a constant is then one shift.
+    """
+    return (tl.load(order_ptr + tl.minimum(pair, count - 1)).to(tl.uint32) // K).to(tl.int32)
 
 
 @triton.jit
@@ -92,7 +196,6 @@ def _segment_kernel(
     partial_ptr,
     total,
     groups,
-    blocks,
     lists,
     H: tl.constexpr,
     C: tl.constexpr,
@@ -111,49 +214,45 @@ def _segment_kernel(
     if owner >= lists:
         return
     # The list's pairs, shared out evenly among its segments.
-    low = tl.load(first_ptr + owner)
+    low = tl.load(first_ptr + owner).to(tl.int64)
     pairs = tl.load(first_ptr + owner + 1) - low
     before = tl.load(end_ptr + owner - 1, mask=owner > 0, other=0)
     segments = tl.load(end_ptr + owner) - before
     last = low + (program - before + 1) * pairs // segments
     low += (program - before) * pairs // segments
-    batch = owner // (blocks * groups)
-    group = batch * groups + owner % groups
-    start = tl.load(offset_ptr + group) + batch * total
-    size = tl.load(size_ptr + group)
+    start = tl.load(offset_ptr + owner) + (owner // groups).to(tl.int64) * total
+    size = tl.load(size_ptr + owner)
 
     c = tl.arange(0, BC)
     r = tl.arange(0, BP)
     n = tl.arange(0, BN)
     member = tl.program_id(1) * BS + tl.arange(0, BS)
     live = (member < size)[:, None]
+    every = (n >= 0)[:, None]
     rows = (slot_ptr + start * L) + member[:, None] * L
-    k_c = tl.load(rows + c[None, :], mask=live & (c < C)[None, :], other=0.0)
+    k_c = tl.load(rows + c[None, :], mask=columns(live, c, C), other=0.0)
     acc_c = tl.zeros([BS, BC], tl.float32)
     if P > 0:
-        k_r = tl.load(rows + C + r[None, :], mask=live & (r < P)[None, :], other=0.0)
+        k_r = tl.load(rows + C + r[None, :], mask=columns(live, r, P), other=0.0)
         acc_r = tl.zeros([BS, BP], tl.float32)
     order_ptr += low
     count = (last - low).to(tl.int32)
     token = _token(order_ptr, n // H, count, K)
     for i in tl.range(0, count * H, BN, num_stages=STAGES):
-        row = i + n
-        real = row < count * H
-        line = (token * H + row % H).to(tl.int64)
+        # Columns past the end repeat the last pair and count for nothing: their p is zero.
+        column = i + n
+        line = (token * H + column % H).to(tl.int64)
         at = q_ptr + line[:, None] * L
-        q_c = tl.load(at + c[None, :], mask=real[:, None] & (c < C)[None, :], other=0.0)
-        s = tl.dot(k_c, tl.trans(q_c), input_precision="ieee")
+        q_c = tl.load(at + c[None, :], mask=columns(every, c, C), other=0.0)
+        s = product(k_c, q_c)
         if P > 0:
-            q_r = tl.load(at + C + r[None, :], mask=real[:, None] & (r < P)[None, :], other=0.0)
-            s = tl.dot(k_r, tl.trans(q_r), s, input_precision="ieee")
-        grad = tl.load(
-            grad_ptr + line[:, None] * C + c[None, :], mask=real[:, None] & (c < C)[None, :], other=0.0
-        )
-        lse = tl.load(lse_ptr + line, mask=real, other=float("inf"))
-        lse = tl.where(lse == -float("inf"), float("inf"), lse) * LOG2E
-        delta = tl.load(delta_ptr + line, mask=real, other=0.0)
+            q_r = tl.load(at + C + r[None, :], mask=columns(every, r, P), other=0.0)
+            s = product(k_r, q_r, s)
+        grad = tl.load(grad_ptr + line[:, None] * C + c[None, :], mask=columns(every, c, C), other=0.0)
+        lse = tl.load(lse_ptr + line, mask=column < count * H, other=float("inf"))
+        delta = tl.load(delta_ptr + line)
         p = tl.exp2(s * LOG2E - lse[None, :])
-        dp = tl.dot(k_c, tl.trans(grad), input_precision="ieee")
+        dp = product(k_c, grad)
         ds = (p * (dp - delta[None, :])).to(q_c.dtype)
         acc_c = tl.dot(p.to(q_c.dtype), grad, acc_c, input_precision="ieee")
         acc_c = tl.dot(ds, q_c, acc_c, input_precision="ieee")
@@ -162,9 +261,9 @@ def _segment_kernel(
         token = _token(order_ptr, (i + BN + n) // H, count, K)
     target = partial_ptr + program * (SLOTS * L) + member[:, None] * L
     inside = (member < SLOTS)[:, None]
-    tl.store(target + c[None, :], acc_c, mask=inside & (c < C)[None, :])
+    tl.store(target + c[None, :], acc_c, mask=columns(inside, c, C))
     if P > 0:
-        tl.store(target + C + r[None, :], acc_r, mask=inside & (r < P)[None, :])
+        tl.store(target + C + r[None, :], acc_r, mask=columns(inside, r, P))
 
 
 @triton.jit
@@ -176,29 +275,34 @@ def _reduce_kernel(
     out_ptr,
     total,
     groups,
-    blocks,
     SIZE: tl.constexpr,
     L: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sum of the partial gradients of one group, block after block, segment after segment."""
+    """Sum of the partial gradients of one group, segment after segment."""
     group = tl.program_id(0).to(tl.int64)
-    batch = group // groups
-    start = tl.load(offset_ptr + group) + batch * total
+    start = tl.load(offset_ptr + group) + group // groups * total
     size = tl.load(size_ptr + group)
+    before = tl.load(end_ptr + group - 1, mask=group > 0, other=0)
+    end = tl.load(end_ptr + group)
     e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK], tl.float32)
-    for block in range(0, blocks):
-        owner = (batch * blocks + block) * groups + group % groups
-        before = tl.load(end_ptr + owner - 1, mask=owner > 0, other=0)
-        end = tl.load(end_ptr + owner)
-        for segment in range(before, end):
-            acc += tl.load(partial_ptr + segment * SIZE + e, mask=e < SIZE, other=0.0)
+    for segment in range(before, end):
+        acc += tl.load(partial_ptr + segment * SIZE + e, mask=e < SIZE, other=0.0)
     tl.store(out_ptr + start * L + e, acc, mask=e < size * L)
 
 
-def launch_options(heads: int, content: int, rotary: int, count: int, slots: int) -> dict:
-    """Compile-time shape and launch of the segment kernel."""
+def launch_options(
+    heads: int, content: int, rotary: int, count: int, slots: int, *, exact: bool = False
+) -> dict:
+    """Compile-time shape and launch of the segment kernel; `exact`: float32, off the tensor cores.
+
+    A warp sums 32 members of up to 96 dims, or 16 wider ones, without spilling its accumulators. One buffer
+    (STAGES 2) beats two: the next rows arrive while the warp works from registers, and more programs fit.
+    """
+    members = min(64, max(16, triton.next_power_of_2(slots)))
+    narrow = content + rotary <= 96
+    warps = max(1, members // (32 if narrow else 16))
     return dict(
         H=heads,
         C=content,
@@ -206,11 +310,11 @@ def launch_options(heads: int, content: int, rotary: int, count: int, slots: int
         K=count,
         BC=max(16, triton.next_power_of_2(content)),
         BP=max(16, triton.next_power_of_2(max(rotary, 1))),
-        BS=min(64, max(16, triton.next_power_of_2(slots))),
-        BN=32,
+        BS=members,
+        BN=16 if exact else 32 if narrow or warps == 1 else 64,
         SLOTS=slots,
-        STAGES=3,
-        num_warps=1,
+        STAGES=2,
+        num_warps=8 if exact else warps,
     )
 
 
@@ -228,17 +332,19 @@ def slot_gradient(
     slots: int,
     index: Inverted | None = None,
 ) -> Tensor:
-    """dslot (B, S, L) in float32 from contiguous inputs; slots of no group get zero."""
+    """dslot (B, S, L) in float32 from contiguous inputs; slots of no group get zero.
+
+    `lse` is in base 2, +inf where a row read nothing.
+    """
     batch, length, heads, width = q.shape
     assert batch * length * heads < 2**31
     groups, total = offset.shape[1], slot.shape[1]
     if index is None:
         index = invert(open_groups, groups)
-    lists = batch * index.blocks * groups
-    programs = index.owner.shape[0]
-    partial = q.new_empty(programs, slots, width, dtype=torch.float32)
-    options = launch_options(heads, content, width - content, open_groups.shape[-1], slots)
-    _segment_kernel[(programs, triton.cdiv(slots, options["BS"]))](
+    partial = q.new_empty(len(index.owner), slots, width, dtype=torch.float32)
+    count, exact = open_groups.shape[-1], q.dtype == torch.float32
+    options = launch_options(heads, content, width - content, count, slots, exact=exact)
+    _segment_kernel[(len(index.owner), triton.cdiv(slots, options["BS"]))](
         grad,
         lse,
         delta,
@@ -253,8 +359,7 @@ def slot_gradient(
         partial,
         total,
         groups,
-        index.blocks,
-        lists,
+        batch * groups,
         **options,
     )
     out = q.new_zeros(batch, total, width, dtype=torch.float32)
@@ -267,7 +372,6 @@ def slot_gradient(
         out,
         total,
         groups,
-        index.blocks,
         SIZE=slots * width,
         L=width,
         BLOCK=span,

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from coga.kernels.triton_inverted import slot_gradient
+from coga.kernels.triton_inverted import columns, product, slot_gradient
 
 __all__ = ["opened_backward", "opened_forward"]
 
@@ -116,9 +116,9 @@ def _forward_kernel(
     n = tl.arange(0, BN)
     head = (h < H)[:, None]
     row = q_ptr + token * (H * L) + h[:, None] * L
-    q_c = tl.load(row + c[None, :], mask=head & (c < C)[None, :], other=0.0)
+    q_c = tl.load(row + c[None, :], mask=columns(head, c, C), other=0.0)
     if P > 0:
-        q_r = tl.load(row + C + r[None, :], mask=head & (r < P)[None, :], other=0.0)
+        q_r = tl.load(row + C + r[None, :], mask=columns(head, r, P), other=0.0)
     m = tl.full([BH], -float("inf"), tl.float32)
     norm = tl.zeros([BH], tl.float32)
     acc = tl.zeros([BH, BC], tl.float32)
@@ -129,11 +129,11 @@ def _forward_kernel(
     for i in tl.range(0, tiles, num_stages=STAGES):
         rows, member = _rows(slot_ptr, start, i, n, L, PACK, CHUNKS, BN)
         live = member < size
-        k_c = tl.load(rows + c[None, :], mask=live[:, None] & (c < C)[None, :], other=0.0)
-        s = tl.dot(q_c, tl.trans(k_c), input_precision="ieee")
+        k_c = tl.load(rows + c[None, :], mask=columns(live[:, None], c, C), other=0.0)
+        s = product(q_c, k_c)
         if P > 0:
-            k_r = tl.load(rows + C + r[None, :], mask=live[:, None] & (r < P)[None, :], other=0.0)
-            s = tl.dot(q_r, tl.trans(k_r), s, input_precision="ieee")
+            k_r = tl.load(rows + C + r[None, :], mask=columns(live[:, None], r, P), other=0.0)
+            s = product(q_r, k_r, s)
         s = tl.where(live[None, :], s, -float("inf"))
         higher = tl.maximum(m, tl.max(s, 1) * LOG2E)
         safe = tl.where(higher == -float("inf"), 0.0, higher)
@@ -149,7 +149,7 @@ def _forward_kernel(
     out = acc / norm[:, None]
     lse = tl.where(some, (m + tl.log2(norm)) / LOG2E, -float("inf"))
     target = out_ptr + token * (H * C) + h[:, None] * C + c[None, :]
-    tl.store(target, out.to(out_ptr.dtype.element_ty), mask=head & (c < C)[None, :])
+    tl.store(target, out.to(out_ptr.dtype.element_ty), mask=columns(head, c, C))
     tl.store(lse_ptr + token * H + h, lse, mask=h < H)
 
 
@@ -193,16 +193,15 @@ def _query_kernel(
     n = tl.arange(0, BN)
     head = (h < H)[:, None]
     row = q_ptr + token * (H * L) + h[:, None] * L
-    q_c = tl.load(row + c[None, :], mask=head & (c < C)[None, :], other=0.0)
+    q_c = tl.load(row + c[None, :], mask=columns(head, c, C), other=0.0)
     grad = tl.load(
-        grad_ptr + token * (H * C) + h[:, None] * C + c[None, :], mask=head & (c < C)[None, :], other=0.0
+        grad_ptr + token * (H * C) + h[:, None] * C + c[None, :], mask=columns(head, c, C), other=0.0
     )
     lse = tl.load(lse_ptr + token * H + h, mask=h < H, other=float("inf"))
-    lse = tl.where(lse == -float("inf"), float("inf"), lse) * LOG2E  # a row that read nothing has p = 0
     delta = tl.load(delta_ptr + token * H + h, mask=h < H, other=0.0)
     dq_c = tl.zeros([BH, BC], tl.float32)
     if P > 0:
-        q_r = tl.load(row + C + r[None, :], mask=head & (r < P)[None, :], other=0.0)
+        q_r = tl.load(row + C + r[None, :], mask=columns(head, r, P), other=0.0)
         dq_r = tl.zeros([BH, BP], tl.float32)
     tiles = _tiles(open_ptr, K, KP, PACK, CHUNKS)
     start, size = _place(offset_ptr, size_ptr, _open(open_ptr, _which(0, n, PACK, CHUNKS, BN), K))
@@ -210,13 +209,13 @@ def _query_kernel(
     for i in tl.range(0, tiles, num_stages=STAGES):
         rows, member = _rows(slot_ptr, start, i, n, L, PACK, CHUNKS, BN)
         live = member < size
-        k_c = tl.load(rows + c[None, :], mask=live[:, None] & (c < C)[None, :], other=0.0)
-        s = tl.dot(q_c, tl.trans(k_c), input_precision="ieee")
+        k_c = tl.load(rows + c[None, :], mask=columns(live[:, None], c, C), other=0.0)
+        s = product(q_c, k_c)
         if P > 0:
-            k_r = tl.load(rows + C + r[None, :], mask=live[:, None] & (r < P)[None, :], other=0.0)
-            s = tl.dot(q_r, tl.trans(k_r), s, input_precision="ieee")
+            k_r = tl.load(rows + C + r[None, :], mask=columns(live[:, None], r, P), other=0.0)
+            s = product(q_r, k_r, s)
         p = tl.where(live[None, :], tl.exp2(s * LOG2E - lse[:, None]), 0.0)
-        dp = tl.dot(grad, tl.trans(k_c), input_precision="ieee")
+        dp = product(grad, k_c)
         ds = (p * (dp - delta[:, None])).to(k_c.dtype)
         dq_c = tl.dot(ds, k_c, dq_c, input_precision="ieee")
         if P > 0:
@@ -224,16 +223,21 @@ def _query_kernel(
         start, size = _place(offset_ptr, size_ptr, group)
         group = _open(open_ptr, _which(i + 2, n, PACK, CHUNKS, BN), K)
     target = dq_ptr + token * (H * L) + h[:, None] * L
-    tl.store(target + c[None, :], dq_c, mask=head & (c < C)[None, :])
+    tl.store(target + c[None, :], dq_c, mask=columns(head, c, C))
     if P > 0:
-        tl.store(target + C + r[None, :], dq_r, mask=head & (r < P)[None, :])
+        tl.store(target + C + r[None, :], dq_r, mask=columns(head, r, P))
 
 
-def launch_options(heads: int, content: int, rotary: int, count: int, slots: int, *, tile: int = 32) -> dict:
-    """Compile-time shape and launch of the token-by-token kernels.
+def launch_options(
+    heads: int, content: int, rotary: int, count: int, slots: int, *, exact: bool = False, tile: int = 32
+) -> dict:
+    """Compile-time shape and launch of the token-by-token kernels; `exact`: float32, off the tensor cores.
 
     One warp for 16 heads of up to 192 dims; twice that where the accumulators would spill.
     """
+    warps = max(1, triton.next_power_of_2(heads) // 16) * (1 if content + rotary <= 192 else 2)
+    if exact:
+        tile, warps = 16, 8
     power = triton.next_power_of_2(slots)
     pack = max(1, tile // power)
     return dict(
@@ -248,8 +252,8 @@ def launch_options(heads: int, content: int, rotary: int, count: int, slots: int
         BN=tile,
         PACK=pack,
         CHUNKS=1 if pack > 1 else triton.cdiv(slots, tile),
-        STAGES=4,
-        num_warps=max(1, triton.next_power_of_2(heads) // 16) * (1 if content + rotary <= 192 else 2),
+        STAGES=2,
+        num_warps=warps,
     )
 
 
@@ -284,7 +288,7 @@ def opened_forward(
         return q.new_zeros(batch, length, heads, content), lse
     out = q.new_empty(batch, length, heads, content)
     lse = q.new_empty(batch, length, heads, dtype=torch.float32)
-    options = launch_options(heads, content, width - content, count, slots)
+    options = launch_options(heads, content, width - content, count, slots, exact=q.dtype == torch.float32)
     _forward_kernel[(batch * length,)](
         q,
         slot,
@@ -304,10 +308,11 @@ def opened_forward(
 def query_gradient(
     grad, lse, delta, q, slot, offset, size, open_groups, *, content: int, slots: int
 ) -> Tensor:
-    """dq (B, T, H, L) in float32 from contiguous inputs."""
+    """dq (B, T, H, L) in float32 from contiguous inputs; `lse` as `scaled_lse` makes it."""
     batch, length, heads, width = q.shape
     dq = q.new_empty(q.shape, dtype=torch.float32)
-    options = launch_options(heads, content, width - content, open_groups.shape[-1], slots)
+    count, exact = open_groups.shape[-1], q.dtype == torch.float32
+    options = launch_options(heads, content, width - content, count, slots, exact=exact)
     _query_kernel[(batch * length,)](
         grad,
         lse,
@@ -324,6 +329,11 @@ def query_gradient(
         **options,
     )
     return dq
+
+
+def scaled_lse(lse_BTH: Tensor) -> Tensor:
+    """Log-sum-exp in base 2: p = exp2(s log2 e - lse); +inf, so p = 0, for a row that read nothing."""
+    return torch.where(lse_BTH == -torch.inf, torch.inf, lse_BTH.float() * LOG2E.value)
 
 
 def opened_backward(
@@ -351,7 +361,7 @@ def opened_backward(
         x.contiguous()
         for x in (
             grad_BTHC.to(q_BTHL.dtype),
-            lse_BTH.float(),
+            scaled_lse(lse_BTH),
             delta_BTH.float(),
             q_BTHL,
             slot_BSL,

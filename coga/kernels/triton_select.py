@@ -10,10 +10,10 @@ handful of swaps: on random scores about K (1 + ln(M / tile)) a token for the wh
 
 The choice equals `coga.kernels.reference.select` except where two scores are closer than the rounding step
 (another order of summation moves a score by an ulp across a rounding boundary). In half precision keys are
-32 bits wide: the rounded score saturates at 2^30 / M steps (65,536 / 4 = 16,384 units of score at M = 1,024 in
-bfloat16); float32 keys have 64 bits.
+32 bits wide: the rounded score saturates at 2^30 / M steps (16,384 units of score at M = 1,024 in bfloat16);
+float32 keys have 64 bits.
 
-Cost: B T M L / 2 multiply-adds (causal half), B T M L / (2 tokens a program) elements read, mostly from cache.
+Cost: B T M L / 2 multiply-adds (causal half), B T M L / (2 tokens a program) elements, mostly from cache.
 
 Legend: B batch, T tokens, L latent width, M groups, G groups in a window, W window, K selected groups.
 """
@@ -146,7 +146,7 @@ def select(
     groups: int,
     step: float,
     tokens: int = 32,
-    tile: int = 64,
+    tile: int = 32,
     warps: int = 1,
 ) -> Tensor:
     """`coga.kernels.reference.select` for a whole sequence: `position` must be 0 .. T-1.
@@ -174,6 +174,8 @@ def select(
     assert math.frexp(step)[0] == 0.5, "the rounding step must be a power of two"
     assert index_q_BTL.dtype == group_BML.dtype
     q, group = index_q_BTL.contiguous(), group_BML.contiguous()
+    if keep > 64:
+        tokens = 16
     out = torch.empty(batch, length, keep, dtype=torch.int64, device=q.device)
     power = triton.next_power_of_2(width)
     first = power if power == width else power // 2
