@@ -16,11 +16,12 @@ product is computed only for tiles that touch the band. Opened groups are exclud
 Cost: B H T (near + far keys) (L + C) multiply-adds. The plain twin is `coga.kernels.reference`; the backward
 pass is `coga.kernels.triton_flash_backward`.
 
-Legend: B batch, T tokens (or groups, where groups attend), H heads, C content width, P rotary width, L = C+P,
-M groups, G groups in a window, K opened groups a token; i query, j key; in kernels BM queries and BN keys of a
-tile, BC and BP widths padded to a power of two.
+Legend: B batch, T tokens (or groups, where groups attend), H heads, C content width, P rotary width,
+L = C+P, M groups, G groups in a window, K opened groups a token; i query, j key; in kernels BM queries and BN
+keys of a tile, BC and BP widths padded to a power of two.
 """
 
+# ruff: noqa: RET505 - a compile-time branch of a kernel is written as if/else
 from __future__ import annotations
 
 import torch
@@ -36,7 +37,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 CAUSAL, WINDOWED, GROUPED, FAR = (tl.constexpr(mode) for mode in range(4))
 
 
-# ------------------------------------------------------------------------------- bounds, shared by all kernels
+# ------------------------------------------------------------------------------ bounds, shared by all kernels
 
 
 @triton.jit
@@ -175,7 +176,7 @@ def _absorb(s, m, norm, acc, value, SCALED: tl.constexpr, GUARD: tl.constexpr):
         p = tl.exp2(s * LOG2E - base[:, None])
     old = tl.exp2(m - base)
     norm = norm * old + tl.sum(p, 1)
-    # A product of its own: ptxas serialises every wgmma of the loop when this one stays in flight past its end.
+    # A product of its own: ptxas serialises every wgmma of a loop whose last one is in flight past its end.
     # (fma, because the compiler folds a plain sum back into the product.)
     part = tl.dot(p.to(value.dtype), value, input_precision="ieee")
     acc = tl.fma(acc, tl.broadcast_to(old[:, None], acc.shape), part)
