@@ -22,7 +22,7 @@ ARMS: dict[str, dict[str, str]] = {
 
 # Per preset: steps at full length, after a warm-up on short contexts.
 TRAINING: dict[str, dict[str, Any]] = {
-    "tiny": dict(steps=25, batch=1, lr=6e-3, warmup_steps=150, warmup_len=1024, warmup_batch=8),
+    "tiny": dict(steps=25, batch=1, lr=6e-3, warmup_steps=200, warmup_len=1024, warmup_batch=4),
     "small": dict(steps=100, batch=1, lr=2e-3, warmup_steps=200, warmup_len=2048, warmup_batch=8),
     "gpt2": dict(steps=20, batch=1, lr=6e-4, warmup_steps=40, warmup_len=4096, warmup_batch=4),
 }
