@@ -57,7 +57,10 @@ def _draw_positions(axis: Any, reports: Mapping[str, dict[str, Any]]) -> None:
     axis.set(xlabel="position in the context", ylabel="bits per byte (held out)")
     axis.set_title("Bits per byte by position")
     axis.grid(alpha=0.3)
-    axis.legend()
+    if len(reports) > 1:  # beside the curves, not on them
+        axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+    else:
+        axis.legend()
 
 
 def plot_loss(path: Path, runs: Mapping[str, Sequence[dict[str, Any]]]) -> None:

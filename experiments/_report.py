@@ -19,7 +19,6 @@ def _number(value: float | None, pattern: str, unit: str = "") -> str:
 
 def _rows(report: dict[str, Any]) -> dict[str, str]:
     get = report.get
-    fewer = f"{report['state_ratio']:.1f} times fewer" if report["state_ratio"] >= 1 else "not fewer"
     return {
         "bits per byte, held out": _number(report["bits_per_byte"], ".4f"),
         "unigram byte entropy": _number(report["unigram_bits_per_byte"], ".4f"),
@@ -30,7 +29,8 @@ def _rows(report: dict[str, Any]) -> dict[str, str]:
         "peak memory": _number(report["peak_bytes"] / 2**30, ".2f", " GiB"),
         "training tokens/s at full length": _number(get("tokens_per_second"), ",.0f"),
         "decode state, bytes per token": f"{report['state_bytes_per_token']:,.0f}",
-        "multi-head attention's": f"{report['mha_bytes_per_token']:,.0f} ({fewer})",
+        "multi-head attention's": f"{report['mha_bytes_per_token']:,.0f}",
+        "multi-head attention's / decode state": f"{report['state_ratio']:.1f}",
         "parameters": f"{report['parameters']:,}",
     }
 
@@ -40,7 +40,7 @@ def print_tables(reports: Mapping[str, dict[str, Any]]) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         # A pipe has no width to fit into.
-        console = Console(highlight=False, width=36 + 34 * len(reports))
+        console = Console(highlight=False, width=48 + 16 * len(reports))
     table = Table(title=None, show_header=len(reports) > 1)
     table.add_column("")
     for name in reports:
