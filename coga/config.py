@@ -45,7 +45,7 @@ class LayerConfig:
 
     @property
     def slots(self) -> int:
-        return min(self.window, math.ceil(self.capacity_factor * self.group_size - 1e-9))
+        return math.ceil(min(self.window, self.capacity_factor * self.group_size) - 1e-9)
 
 
 @dataclass(frozen=True, kw_only=True)

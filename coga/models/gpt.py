@@ -130,12 +130,17 @@ class CoGAGPT(nn.Module):
             raise ValueError(
                 f"tokens={tokens_BT.shape[1]} a row: must be between 1 and max_len={self.config.max_len}"
             )
+        self._check_range("tokens", tokens_BT)
+
+    def _check_range(self, name: str, tokens_BT: Tensor, ignore: int | None = None) -> None:
+        """ValueError on an id outside the vocabulary; left out where reading values back is not possible."""
         if torch.compiler.is_compiling() or (tokens_BT.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
-        low, high = (int(x) for x in torch.aminmax(tokens_BT))
+        ids = tokens_BT if ignore is None else tokens_BT.masked_fill(tokens_BT == ignore, 0)
+        low, high = (int(x) for x in torch.aminmax(ids))
         if low < 0 or high >= self.config.vocab_size:
             bad = low if low < 0 else high
-            raise ValueError(f"tokens={bad}: must be in [0, vocab_size={self.config.vocab_size})")
+            raise ValueError(f"{name}={bad}: must be in [0, vocab_size={self.config.vocab_size})")
 
     def forward(
         self,
@@ -159,6 +164,8 @@ class CoGAGPT(nn.Module):
             raise ValueError(
                 f"targets={tuple(targets.shape)}: must have the shape of tokens, {tuple(tokens_BT.shape)}"
             )
+        if targets is not None:
+            self._check_range("targets", targets, ignore=IGNORE)
         align = None
         if attention_mask is not None:
             align = Alignment.of(attention_mask, tokens_BT)
