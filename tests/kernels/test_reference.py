@@ -11,8 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import F64, assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
+from support import F64, Largest, assert_close
 
 from coga.grouping import make_grouping, pool
 from coga.kernels import dispatch, reference
@@ -244,21 +243,6 @@ def test_one_ulp_moves_no_choice():
 
 
 # --------------------------------------------------------------------------------------------- memory
-
-
-class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.elements = max(self.elements, x.numel())
-        return out
 
 
 def largest(length: int, window: int | None, opened: int) -> int:
