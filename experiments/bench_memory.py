@@ -3,8 +3,8 @@
     python experiments/bench_memory.py --lengths 4096,8192,16384,32768 --out runs/memory
 
 Each length runs in a process of its own: two optimizer steps on random tokens; the figure is the peak
-resident size (CPU) or allocation (CUDA) above what the process held before the model was built. A line through zero
-growth, memory = a + b T, is fitted to the two shortest lengths and the others are compared with it.
+resident size (CPU) or allocation (CUDA) above what the process held before the model was built. A line,
+memory = a + b T, is drawn through the two shortest lengths and the others are compared with it.
 """
 
 from __future__ import annotations
