@@ -1,0 +1,239 @@
+"""convert.py: a dense model read through groups; exact where every group is opened; rows, bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from coga import CoGAConfig
+from coga.data import contexts, load_corpus
+from coga.models import CoGAGPT
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
+
+import convert
+from _convert import Reading, figures, parse_reading, readings, table
+
+SMALL = dict(
+    n_layer=2, n_head=2, d_model=16, latent_dim=8, rope_dim=4, window=16, band=8, layers="full", max_len=512,
+)  # fmt: skip
+TINY = [
+    "--n", "96", "--window", "16", "--contexts", "2", "--batch", "2", "--group-sizes", "4,8",
+    "--open", "0,2,16", "--groupings", "contiguous,kmeans", "--device", "cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_bytes(b"".join(b"def f%d(x):\n    return x + %d\n\n" % (i, i * i) for i in range(200)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """Weights of order one, so that what is far matters."""
+    folder = tmp_path_factory.mktemp("model") / "full"
+    model = CoGAGPT(CoGAConfig(**SMALL))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
+        for block in model.stack:
+            block.attention.projections.gain_H.fill_(4.0)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(checkpoint, text, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("convert") / "run"
+    arguments = [*TINY, "--checkpoint", str(checkpoint), "--data", text, "--out", str(folder)]
+    assert convert.main([*arguments, "--finetune", "3"]) == 0
+    return folder
+
+
+def rows_of(folder: Path, kind: str) -> dict[str, dict]:
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    return {row["arm"]: row for row in rows if row["kind"] == kind}
+
+
+def test_every_reading_has_a_row(run):
+    rows = rows_of(run, "zero_shot")
+    names = [f"{g}:{r}:{k}" for g in ("contiguous", "kmeans") for r in (4, 8) for k in (0, 2, 16)]
+    assert list(rows) == ["full", "near", *names]
+    for row in rows.values():
+        assert row["bits_per_byte_second_half"] == pytest.approx(row["nats_second_half"] / math.log(2))
+        assert row["above_full"] == pytest.approx(row["nats_second_half"] - rows["full"]["nats_second_half"])
+        assert {"device", "torch", "date", "command", "seed", "sha256"} <= row.keys()
+    for name in ("zero-shot.png", "finetune.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_opening_every_group_is_the_dense_model_and_opening_none_is_not(run):
+    """96 tokens in windows of 16: the last token reads 4 far windows, 16 groups of 4."""
+    rows = rows_of(run, "zero_shot")
+    for name in ("contiguous:4:16", "kmeans:4:16", "contiguous:8:16", "kmeans:8:16"):
+        assert abs(rows[name]["above_full"]) < 1e-5
+    for name in ("near", "contiguous:4:0", "kmeans:4:0", "kmeans:8:2"):
+        assert abs(rows[name]["above_full"]) > 1e-4
+
+
+def test_full_is_the_checkpoints_own_loss(run, checkpoint, text):
+    tokens, targets = contexts(load_corpus(text, length=96), 96, 2)
+    targets[:, :48] = -100
+    loss = float(CoGAGPT.from_pretrained(checkpoint)(tokens, targets).loss.detach())
+    assert rows_of(run, "zero_shot")["full"]["nats_second_half"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_finetuning_takes_the_best_inexact_reading_and_full_as_control(run):
+    zero, tuned = rows_of(run, "zero_shot"), rows_of(run, "finetune")
+    inexact = {k: v["nats_second_half"] for k, v in zero.items() if k.endswith((":0", ":2"))}
+    chosen = min(inexact, key=inexact.get)
+    assert list(tuned) == [chosen, "full"]
+    for name, row in tuned.items():
+        assert row["before"]["nats_second_half"] == pytest.approx(zero[name]["nats_second_half"])
+        assert row["after"] != row["before"]
+        assert row["tokens"] == 3 * 2 * 96
+    model = CoGAGPT.from_pretrained(run / f"finetuned-{chosen.replace(':', '-')}")
+    assert model.config.layer(0).kind == "group"
+    assert int(model.step_count) == 3
+
+
+def test_the_table_holds_the_rows(run):
+    rows = rows_of(run, "zero_shot")
+    lines = table(list(rows.values())).splitlines()
+    assert lines[0].count("R=") == 6
+    kmeans = next(line for line in lines if line.startswith("| kmeans"))
+    want = [f"{rows[f'kmeans:{r}:{k}']['nats_second_half']:.4f}" for r in (4, 8) for k in (0, 2, 16)]
+    assert [cell.strip() for cell in kmeans.split("|")[2:-1]] == want
+    assert kmeans in (run / "table.md").read_text()
+
+
+def test_the_far_bias_is_what_was_asked_for(checkpoint):
+    model = CoGAGPT.from_pretrained(checkpoint)
+    for bias in (0.0, -1.5):
+        other = Reading("kmeans", 4, 2).model(model, 16, 1.0, bias)
+        assert all((block.attention.far_bias_H == bias).all() for block in other.stack)
+        assert all((block.attention.group_level.residual.weight == 0).all() for block in other.stack)
+
+
+def test_figures_of_a_known_loss():
+    found = figures(torch.tensor([9.0, 9.0, 9.0, 1.0, 2.0, 3.0]))
+    assert found["nats_second_half"] == 2.0
+    assert found["bits_per_byte"] == pytest.approx(5.5 / math.log(2))
+
+
+def test_readings_and_their_names():
+    assert [one.text for one in readings(["random"], [4], [0, 1])] == [
+        "full",
+        "near",
+        "random:4:0",
+        "random:4:1",
+    ]
+    for one in readings(["random"], [4], [0, 1]):
+        assert parse_reading(one.text) == one
+    assert Reading("random", 4, 1).changes(16, 1.5)["capacity_factor"] == 1.5
+
+
+def test_training_a_dense_model_first_and_resuming(text, tmp_path):
+    folder = tmp_path / "run"
+    sizes = [x for k, v in SMALL.items() if k not in ("layers", "window") for x in ("--set", f"{k}={v}")]
+    arguments = [*TINY, "--train", "3", "--data", text, "--out", str(folder), *sizes]
+    assert convert.main(arguments) == 0
+    lines = (folder / "rows.jsonl").read_text().splitlines(keepends=True)
+    assert json.loads(lines[0])["kind"] == "train"
+    weights = (folder / "full" / "model.safetensors").read_bytes()
+    (folder / "rows.jsonl").write_text("".join(lines[:4]))
+    assert convert.main([*arguments, "--resume"]) == 0
+    assert (folder / "full" / "model.safetensors").read_bytes() == weights
+    again = (folder / "rows.jsonl").read_text().splitlines(keepends=True)
+    assert again[:4] == lines[:4] and len(again) == len(lines)
+    for a, b in zip(again, lines):
+        a, b = json.loads(a), json.loads(b)
+        assert a["arm"] == b["arm"]
+        assert a.get("nats_second_half") == b.get("nats_second_half")
+
+
+# --- bad input ---------------------------------------------------------------------------------------------
+
+BAD = {
+    "n-0": (["--n", "0"], "n=0"),
+    "n-above-max-len": (["--n", "600"], "max_len=512"),
+    "n-two-windows": (["--n", "32"], "two windows"),
+    "grouping": (["--groupings", "magic"], "'magic'"),
+    "group-size": (["--group-sizes", "5"], "multiple of every group size"),
+    "group-size-text": (["--group-sizes", "many"], "group_sizes='many'"),
+    "open": (["--open", "-1"], "open=-1"),
+    "band": (["--window", "4", "--group-sizes", "4"], "at most window=4"),
+    "capacity": (["--capacity", "0.5"], "capacity_factor"),
+    "far-bias": (["--far-bias", "nan"], "far_bias=nan"),
+    "train-too": (["--train", "3"], "train=3"),
+    "arm": (["--finetune", "2", "--finetune-arm", "kmeans"], "finetune_arm='kmeans'"),
+    "arm-alone": (["--finetune-arm", "near"], "needs --finetune"),
+    "device": (["--device", "abacus"], "device='abacus'"),
+    "missing": (["--data", "/nowhere/text"], "existing file or folder"),
+    "no-checkpoint": (["--checkpoint", "/nowhere/model"], "does not exist"),
+    "flag": (["--colour"], "--colour"),
+}
+
+
+def refused(arguments: list[str], capsys) -> str:
+    capsys.readouterr()
+    assert convert.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert "Traceback" not in error
+    return error
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_writes_nothing(name, checkpoint, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments, expected = BAD[name]
+    assert expected in refused([*TINY, "--checkpoint", str(checkpoint), "--data", text, *arguments], capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoints_that_do_not_fit(checkpoint, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "--train STEPS" in refused([*TINY, "--data", text], capsys)
+    near, cut, small = (tmp_path / name for name in ("near", "cut", "small"))
+    CoGAGPT(CoGAConfig(**{**SMALL, "layers": "near"})).save_pretrained(near)
+    CoGAGPT(CoGAConfig(**{**SMALL, "vocab_size": 100})).save_pretrained(small)
+    shutil.copytree(checkpoint, cut)
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    (tmp_path / "empty").write_text("")
+    for folder, data, expected in (
+        (near, text, "must be a `full` model"),
+        (cut, text, "safetensors"),
+        (small, text, "vocab_size=100"),
+        (checkpoint, "empty", "must not be empty"),
+    ):
+        assert expected in refused([*TINY, "--checkpoint", str(folder), "--data", data], capsys)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_existing_run_is_left_alone(run, checkpoint, text, capsys):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    arguments = [*TINY, "--checkpoint", str(checkpoint), "--data", text, "--out", str(run)]
+    assert "already holds" in refused(arguments, capsys)
+    assert "contexts=3" in refused([*arguments, "--resume", "--finetune", "3", "--contexts", "3"], capsys)
+    other = [*arguments, "--out", str(checkpoint)]
+    assert "already holds" in refused(other, capsys)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_that_cannot_be_written(checkpoint, text, tmp_path, capsys):
+    (tmp_path / "file").write_text("kept")
+    arguments = [*TINY, "--checkpoint", str(checkpoint), "--data", text, "--out", str(tmp_path / "file")]
+    assert "out=" in refused(arguments, capsys)
+    assert (tmp_path / "file").read_text() == "kept"
