@@ -5,7 +5,7 @@
 A module is timed from input to output: projections, grouping with its capacity assignment, pooling, group
 attention, selection, gate and output projection included; forward, and forward with backward; both sides
 compiled; medians; batch x length tokens. Before anything is timed, the attention op is compared with the
-float32 reference at a length the reference can afford, its error relative to plain PyTorch's error in the
+float32 reference at a length the reference can afford, its error relative to that of plain PyTorch in the
 same dtype: where that check is red, no speed is printed. Rows go to DIR/attention_speed.json.
 """
 
@@ -22,12 +22,14 @@ from pathlib import Path
 
 import torch
 import triton
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from coga import CoGAConfig
 from coga.kernels import dispatch
-from coga.models.attention import CoGAAttention
+from coga.models.attention import AttentionOutput, CoGAAttention
 from coga.models.context import CallContext
 from coga.models.mha import MultiHeadAttention
 
@@ -188,21 +190,71 @@ def plain_error(dtype: torch.dtype) -> float:
     return float((((a @ b.transpose(1, 2) / 8).softmax(-1) @ c).float() - exact).norm() / exact.norm())
 
 
-def dense_rows(lengths: list[int], tokens, repeats: int, dtype) -> list[dict]:
+class FlexAttention(MultiHeadAttention):
+    """The baseline with FlexAttention and a causal block mask in place of SDPA."""
+
+    def forward(self, x_BTD: Tensor, context: CallContext) -> AttentionOutput:
+        q, k, v = (x.transpose(1, 2) for x in self.project(x_BTD, context))
+        y = flex_attention(q, k, v, block_mask=self.mask)
+        return AttentionOutput(self.out(rearrange(y, "b h t e -> b t (h e)")), None, {})
+
+
+def dense_rows(lengths: list[int], tokens, repeats: int, dtype, flex: bool) -> list[dict]:
     """The baseline: the module with every SDPA backend that runs, and FlexAttention, compiled."""
+    rows = []
+    config = CoGAConfig(vocab_size=256, n_layer=1, n_head=HEADS, d_model=DIM, layers="mha")
+    kinds = [("sdpa-cudnn", SDPBackend.CUDNN_ATTENTION), ("sdpa-flash", SDPBackend.FLASH_ATTENTION)]
+    for length in lengths:
+        batch = tokens(length) // length
+        for name, backend in kinds + [("flex", None)] * flex:
+            torch.manual_seed(0)
+            kind = FlexAttention if backend is None else MultiHeadAttention
+            module = kind(config, config.layer(0)).to("cuda", dtype)
+            x = torch.randn(batch, length, DIM, device="cuda", dtype=dtype, requires_grad=True)
+            context = context_of(config, length, module.rotary, dtype, "cuda")
+            with attempt(f"{name} {length}"):
+                if backend is None:
+                    module.mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length)
+                chosen = contextlib.nullcontext() if backend is None else sdpa_kernel(backend)
+                with chosen:
+                    found = measure(torch.compile(module), x, context, repeats)
+                rows += [row(name, "12x64", length, batch, p, *v) for p, v in found.items()]
+            torch.compiler.reset()
+    return rows
+
+
+def nsa_rows(lengths: list[int], tokens, repeats: int, dtype) -> list[dict]:
+    """Native sparse attention of fla-core, where it is installed: compressed and selected parts, core only.
+
+    16 query heads and 1 key/value head of 64, block 64, 16 blocks; its sliding window needs the flash-attn
+    package and is left out, which makes these times too good rather than too bad.
+    """
+    try:
+        from fla.ops.nsa import parallel_nsa
+    except ImportError as error:
+        print(f"nsa: not timed ({error})", flush=True)
+        return []
     rows = []
     for length in lengths:
         batch = tokens(length) // length
-        config = CoGAConfig(vocab_size=256, n_layer=1, n_head=HEADS, d_model=DIM, layers="mha")
-        for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
-            torch.manual_seed(0)
-            module = MultiHeadAttention(config, config.layer(0)).to("cuda", dtype)
-            x = torch.randn(batch, length, DIM, device="cuda", dtype=dtype, requires_grad=True)
-            context = context_of(config, length, module.rotary, dtype, "cuda")
-            with sdpa_kernel(backend), attempt(f"sdpa-{name} {length}"):
-                found = measure(torch.compile(module), x, context, repeats)
-                rows += [row(f"sdpa-{name}", "12x64", length, batch, p, *v) for p, v in found.items()]
-            torch.compiler.reset()
+        q, k, v = (
+            torch.randn(batch, length, h, 64, device="cuda", dtype=dtype, requires_grad=True)
+            for h in (16, 1, 1)
+        )
+        gates = [torch.rand(batch, length, 16, device="cuda", dtype=dtype) for _ in range(2)]
+
+        def core(q=q, k=k, v=v, gates=gates):
+            return parallel_nsa(q, k, v, *gates, block_counts=16, block_size=64)
+
+        def both(q=q, k=k, v=v, core=core):
+            y = core()
+            torch.autograd.grad(y, (q, k, v), y)
+
+        with attempt(f"nsa {length}"):
+            with torch.no_grad():
+                forward = median_ms(core, repeats)
+            for name, ms in (("fwd", forward), ("fwd+bwd", median_ms(both, repeats))):
+                rows.append(row("nsa-core", "16/1x64", length, batch, name, ms, 0.0))
     return rows
 
 
@@ -308,6 +360,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=65536, help="tokens a batch (a longer length: one row)")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--peers", action="store_true", help="also time FlexAttention and fla-core's NSA")
     parser.add_argument("--parts", action="store_true", help="time the parts of the first setting at 32K")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     args = parser.parse_args()
@@ -325,7 +378,9 @@ def main() -> int:
     def tokens(length: int) -> int:
         return max(args.tokens, length)
 
-    rows = dense_rows(lengths, tokens, args.repeats, dtype)
+    rows = dense_rows(lengths, tokens, args.repeats, dtype, args.peers)
+    if args.peers:
+        rows += nsa_rows(lengths, tokens, args.repeats, dtype)
     red = []
     for name in args.settings.split(","):
         good, ratio = False, {}

@@ -531,8 +531,9 @@ def _queries_kernel(
 
 def _keys_tiles(dtype: torch.dtype, content: int) -> dict:
     """Tile and schedule, from measurement on an H200 (docs/log.md)."""
-    if dtype == torch.float32:
-        return dict(BM=32, BN=32, num_warps=4, num_stages=1)
+    if dtype == torch.float32:  # no tensor cores: wide tiles only make ptxas spill, and slow
+        block = 32 if content <= 64 else 16
+        return dict(BM=block, BN=32, num_warps=4, num_stages=1)
     if content <= 64:
         return dict(BM=64, BN=128, num_warps=8, num_stages=2)
     if content <= 128:
@@ -542,8 +543,9 @@ def _keys_tiles(dtype: torch.dtype, content: int) -> dict:
 
 def _queries_tiles(dtype: torch.dtype, content: int) -> dict:
     """Tile and schedule, from measurement on an H200 (docs/log.md)."""
-    if dtype == torch.float32:
-        return dict(BM=32, BN=32, num_warps=4, num_stages=1)
+    if dtype == torch.float32:  # no tensor cores: wide tiles only make ptxas spill, and slow
+        block = 32 if content <= 64 else 16
+        return dict(BM=block, BN=32, num_warps=4, num_stages=1)
     if content <= 64:
         return dict(BM=128, BN=64, num_warps=8, num_stages=2)
     if content <= 128:

@@ -27,12 +27,15 @@ from coga.types import Far
 
 __all__ = ["assign", "attend", "attend_backward", "group_attend", "group_attend_backward", "select"]
 
-WIDEST_CONTENT, WIDEST_ROTARY = 256, 128
+# Widest content by dtype. Without tensor cores ptxas spills kilobytes a thread on wider float32 tiles and takes
+# minutes to compile them.
+WIDEST_CONTENT = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}
+WIDEST_ROTARY = 128
 
 
 def _has_kernel(q: Tensor, content: int) -> bool:
-    known = q.dtype in (torch.bfloat16, torch.float16, torch.float32)
-    return known and q.numel() > 0 and content <= WIDEST_CONTENT and q.shape[-1] - content <= WIDEST_ROTARY
+    fits = content <= WIDEST_CONTENT.get(q.dtype, 0) and q.shape[-1] - content <= WIDEST_ROTARY
+    return fits and q.numel() > 0
 
 
 def _dense(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
