@@ -1,0 +1,175 @@
+"""Settings of an ablation: read from the command line, checked, compared with the rows that are there."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from _arms import Arm, field_value, parse_arms, parse_integers
+from _common import environment, holds_run
+from _rows import clean, read_rows
+from _settings import TRAINING
+
+from coga import CoGAConfig
+from coga.config import PRESETS
+from coga.data import Corpus
+
+__all__ = [
+    "Setting",
+    "checked",
+    "model_of",
+    "parser",
+    "reference_of",
+    "rows_of",
+    "same_settings",
+    "setting_of",
+]
+
+ARMS = "gumbel,full,near,contiguous,random,kmeans,mha"
+VALIDATION = 2**18  # held-out tokens, in at most 64 contexts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all rows of a folder share.
+
+    model      fields of `CoGAConfig` changed from the preset in every arm
+    beyond     positions from here on count as beyond the window: 2W, where the first group is read
+    """
+
+    preset: str
+    n: int
+    steps: int
+    batch: int
+    lr: float
+    warmup: int
+    validation: int
+    compile: bool
+    precision: str
+    model: dict[str, Any]
+    beyond: int
+    data: str
+    sha256: str
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    made = _Parser(description=description, allow_abbrev=False)
+    add = made.add_argument
+    add("--arms", default=ARMS, metavar="ARM,ARM", help=f"NAME or NAME:FIELD=VALUE,... ({ARMS})")
+    add("--seeds", default="0,1,2", help="of weights, noise and batches (0,1,2)")
+    add("--n", type=int, default=4096, help="context length in bytes (4096)")
+    add("--steps", type=int, default=300, help="optimizer steps (300)")
+    add("--batch", type=int, default=4, help="contexts a step (4)")
+    add("--preset", default="small", help=f"{', '.join(PRESETS)} (small)")
+    add("--set", type=field_value, action="append", default=[], metavar="FIELD=VALUE",
+        help="a field of CoGAConfig, in every arm")  # fmt: skip
+    add("--data", default="python", help="'python' (the standard library's source), or a file or folder")
+    add("--lr", type=float, help="peak learning rate of AdamW (the preset's)")
+    add("--warmup", type=int, help="steps over which it rises (a tenth, at most 100)")
+    add("--validation", type=int, help="held-out contexts of length n (2**18 bytes, at most 64)")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:INDEX")
+    add("--out", type=Path, default=Path("runs/ablate"), metavar="DIR", help="folder (runs/ablate)")
+    add("--reference", metavar="ARM", help="arm that the others are compared with (gumbel)")
+    add("--resume", action="store_true", help="go on with the rows in the folder")
+    add("--time-limit", type=float, metavar="SECONDS", help="start no run that should end later")
+    add("--report-only", action="store_true", help="draw table and plots from the rows in the folder")
+    return made
+
+
+def checked(args: argparse.Namespace) -> tuple[list[Arm], list[int]]:
+    """Arms and seeds; ValueError (field, value, rule) on whatever can be seen without reading the data."""
+    arms, seeds = parse_arms(args.arms), parse_integers(args.seeds, "seeds")
+    if args.preset not in PRESETS:
+        raise ValueError(f"preset={args.preset!r}: must be one of {', '.join(PRESETS)}")
+    args.lr = TRAINING[args.preset]["lr"] if args.lr is None else args.lr
+    args.warmup = max(1, min(100, args.steps // 10)) if args.warmup is None else args.warmup
+    for name in ("n", "steps", "batch"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name}={getattr(args, name)}: must be at least 1")
+    if args.validation is None:
+        args.validation = max(1, min(64, VALIDATION // args.n))
+    if args.validation < 1:
+        raise ValueError(f"validation={args.validation}: must be at least 1")
+    if args.warmup < 0:
+        raise ValueError(f"warmup={args.warmup}: must be at least 0")
+    if not (math.isfinite(args.lr) and args.lr > 0):
+        raise ValueError(f"lr={args.lr}: must be a finite number above 0")
+    if args.time_limit is not None and not args.time_limit >= 0:
+        raise ValueError(f"time_limit={args.time_limit}: must be a number of seconds, at least 0")
+    CoGAConfig.preset(args.preset, **dict(args.set))
+    for arm in arms:
+        config = arm.config(args.preset, dict(args.set), seeds[0])
+        if args.n > config.max_len:
+            raise ValueError(f"n={args.n}: must be between 1 and max_len={config.max_len} (arm {arm.text})")
+        if config.vocab_size < 256:
+            raise ValueError(f"vocab_size={config.vocab_size}: must be at least the data's 256")
+    return arms, seeds
+
+
+def rows_of(folder: Path, resume: bool) -> list[dict[str, Any]]:
+    """Rows already there; ValueError where the folder holds something else, or rows and no --resume."""
+    if holds_run(folder):
+        raise ValueError(f"out={str(folder)!r}: holds another experiment's run; use another --out")
+    rows = read_rows(folder)
+    if rows and not resume:
+        raise ValueError(f"out={str(folder)!r}: holds {len(rows)} rows; use --resume or another --out")
+    return rows
+
+
+def setting_of(args: argparse.Namespace, corpus: Corpus, device: torch.device) -> Setting:
+    base = CoGAConfig.preset(args.preset, **dict(args.set))
+    names = ("preset", "n", "steps", "batch", "lr", "warmup", "validation", "compile")
+    return Setting(
+        **{name: getattr(args, name) for name in names},
+        precision=environment(device)["precision"],
+        model=dict(args.set),
+        beyond=2 * max(base.layer(i).window for i in range(base.n_layer)),
+        data=corpus.name,
+        sha256=corpus.sha256,
+    )
+
+
+def model_of(arm: Arm, setting: Setting, seed: int) -> dict[str, Any]:
+    """The configuration of a run as it stands in its row."""
+    return clean(dataclasses.asdict(arm.config(setting.preset, setting.model, seed)))
+
+
+def same_settings(rows: list[dict[str, Any]], arms: list[Arm], setting: Setting, folder: Path) -> None:
+    """ValueError unless every row comes from this setting, and from what its arm means today."""
+    wanted, known = clean(dataclasses.asdict(setting)), {arm.text: arm for arm in arms}
+    for row in rows:
+        theirs = row.get("setting")
+        if not isinstance(theirs, dict) or "arm" not in row or "seed" not in row or "metrics" not in row:
+            raise ValueError(f"out={str(folder)!r}: holds rows of another experiment; use another --out")
+        # Where the text came from does not matter as long as it is the same text.
+        for name in wanted:
+            if name != "data" and theirs.get(name) != wanted[name]:
+                rule = f"the rows of {str(folder)!r} have {theirs.get(name)!r}; use that or another --out"
+                raise ValueError(f"{name}={wanted[name]!r}: {rule}")
+        if row["arm"] in known:
+            model = model_of(known[row["arm"]], setting, row["seed"])
+            differ = sorted(k for k in {*model, *row["model"]} if model.get(k) != row["model"].get(k))
+            if differ:
+                raise ValueError(
+                    f"arms={row['arm']!r}: its row in {str(folder)!r} has {differ[0]}="
+                    f"{row['model'].get(differ[0])!r}, a run of today {model.get(differ[0])!r}; "
+                    "use another --out"
+                )
+
+
+def reference_of(asked: str | None, names: list[str]) -> str:
+    """The arm to compare with: the one asked for, else gumbel, else the first."""
+    if asked is not None and asked not in names:
+        raise ValueError(f"reference={asked!r}: must be one of the arms {', '.join(names)}")
+    return asked or ("gumbel" if "gumbel" in names else names[0])

@@ -1,0 +1,136 @@
+"""Arms of an experiment: a name, and fields of the configuration changed on top of it.
+
+    "gumbel"                                  one of the groupings, in the layers of the run
+    "near", "full", "mha"                     every layer of that kind
+    "gumbel:hysteresis=1,sink=false"          any field of `CoGAConfig`, values as JSON or text
+    "gumbel:lr_scale=2"                       and the run's own: lr_scale
+
+A list of arms is separated by commas; a part without a name ("sink=false") belongs to the arm before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from _settings import ARMS, _override
+
+from coga import CoGAConfig
+from coga.models import CoGAGPT
+
+__all__ = ["Arm", "field_value", "parse_arms", "parse_integers"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """text: as given, the name of the arm's rows; changes: of the configuration; lr_scale: of the run."""
+
+    text: str
+    name: str
+    changes: dict[str, Any]
+    lr_scale: float = 1.0
+
+    def config(self, preset: str, base: Mapping[str, Any], seed: int) -> CoGAConfig:
+        """The model: preset, then what all arms share, then the arm. ValueError on what does not fit."""
+        return CoGAConfig.preset(preset, **{"seed": seed, **base, **ARMS[self.name], **self.changes})
+
+    def build(self, preset: str, base: Mapping[str, Any], seed: int) -> CoGAGPT:
+        """The model, with the weights that it shares with the unchanged one (`base`) at the same start.
+
+        A module more would otherwise shift all later draws, and arms would differ by their luck as well.
+        Vectors keep their own start: they are constants, and an arm may be about one of them.
+        """
+        config = self.config(preset, base, seed)
+        plain = CoGAConfig.preset(preset, **{"seed": seed, **base})
+        model = CoGAGPT(config)
+        if (config.init_std, config.n_layer) == (plain.init_std, plain.n_layer):  # what the scale depends on
+            own, shared = model.state_dict(), CoGAGPT(plain).state_dict()
+            fits = {k: v for k, v in shared.items() if v.ndim >= 2 and k in own and own[k].shape == v.shape}
+            model.load_state_dict({**own, **fits})
+        return model
+
+    @property
+    def slug(self) -> str:
+        """The text as a file name."""
+        return re.sub(r"[^A-Za-z0-9._=-]+", "_", self.text).strip("_")
+
+
+def _split(text: str) -> list[str]:
+    """At commas outside brackets."""
+    parts, depth = [""], 0
+    for char in text:
+        depth += (char in "[(") - (char in "])")
+        if char == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return [part.strip() for part in parts]
+
+
+def field_value(text: str) -> tuple[str, Any]:
+    """FIELD and its value, as JSON where it is any, else as text. Raises argparse's own type of error."""
+    name, value = _override(text)
+    if name == "seed":
+        raise argparse.ArgumentTypeError(f"{text!r}: seeds have an option of their own")
+    kind = next((str(one.type) for one in dataclasses.fields(CoGAConfig) if one.name == name), "")
+    if kind == "str":  # a single group size is a pattern of layers too, not a number
+        value = text.partition("=")[2]
+    elif kind.startswith("float") and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    return name, value
+
+
+def _arm(text: str, name: str, fields: list[str]) -> Arm:
+    if name not in ARMS:
+        raise ValueError(f"arms={name!r}: must be one of {', '.join(ARMS)}, or NAME:FIELD=VALUE")
+    changes: dict[str, Any] = {}
+    for field in fields:
+        try:
+            key, value = field_value(field)
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"arms={text!r}: {error}") from error
+        if key in changes:
+            raise ValueError(f"arms={text!r}: names {key} twice")
+        changes[key] = value
+    scale = changes.pop("lr_scale", 1.0)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
+        raise ValueError(f"arms={text!r}: lr_scale={scale!r} must be a finite number above 0")
+    return Arm(text, name, changes, float(scale))
+
+
+def parse_arms(text: str) -> list[Arm]:
+    """All arms of a comma-separated list. ValueError (field, value, rule) on what cannot be read."""
+    groups: list[list[str]] = []
+    for part in _split(text):
+        starts = "=" not in part or ":" in part.split("=")[0]
+        if starts:
+            groups.append([part])
+        elif groups and ":" in groups[-1][0]:
+            groups[-1].append(part)
+        else:
+            raise ValueError(f"arms={text!r}: {part!r} has no arm before it; write NAME:FIELD=VALUE")
+    arms = []
+    for first, *rest in groups:
+        name, colon, field = first.partition(":")
+        arms.append(_arm(",".join([first, *rest]), name, [field, *rest] if colon else []))
+    names = [arm.text for arm in arms]
+    if len(set(names)) != len(names):
+        raise ValueError(f"arms={text!r}: names an arm twice")
+    return arms
+
+
+def parse_integers(text: str, name: str, least: int = 0) -> list[int]:
+    """ "0,1,2" as integers, each at least `least` and none twice."""
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{name}={text!r}: must be integers separated by commas") from error
+    if min(values) < least:
+        raise ValueError(f"{name}={min(values)}: must be at least {least}")
+    if len(set(values)) != len(values):
+        raise ValueError(f"{name}={text!r}: names a value twice")
+    return values

@@ -1,0 +1,249 @@
+"""Train arms of an ablation on identical batches and seeds, and compare what each of them learned.
+
+    python experiments/ablate.py --preset small --n 4096 --steps 300 --batch 4 --seeds 0,1,2 --out runs/ablate
+    python experiments/ablate.py --arms "gumbel,gumbel:sink=false,gumbel:lr_scale=2" --set window=256 ...
+    python experiments/ablate.py --out runs/ablate --resume --time-limit 500 ...     what is missing, in parts
+    python experiments/ablate.py --out runs/ablate --report-only                     table and plots again
+
+An arm is a layer pattern (mha, full, near) or a grouping (gumbel, contiguous, kmeans, random) in the layers
+of the preset, with any field of CoGAConfig changed after a colon; `lr_scale` multiplies the learning rate.
+All arms of a seed start from the same weights where they share them, and see the same tokens in the same
+order, so they are compared seed by seed with the `--reference`. What is measured is in `_fit.py`, FLOPs are
+counted in `_flops.py`.
+
+The folder gets rows.jsonl (one line a run, as soon as it is done), table.md, positions.png, losses.png and
+flips.png. Exit codes: 0 done or out of time, 1 a run that did not fit into memory, 2 settings or files that
+do not fit (one line, nothing written), 130 Ctrl-C; rows that are there are kept and not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import _ablate_report as report
+import torch
+from _ablate_settings import (
+    Setting,
+    checked,
+    model_of,
+    parser,
+    reference_of,
+    rows_of,
+    same_settings,
+    setting_of,
+)
+from _arms import Arm
+from _common import choose_device, environment, fail, make_folder
+from _evaluate import probe_tokens
+from _fit import fit, group_metrics, per_hundred, position_report, validate
+from _flops import flops, training_flops
+from _rows import ROWS, append_row, clean, provenance, read_rows
+from tqdm import tqdm
+
+from coga import CoGAConfig
+from coga.data import Corpus, batches, contexts, load_corpus, unigram_entropy
+from coga.models import CoGAGPT
+
+__all__ = ["main"]
+
+
+# --- one run -----------------------------------------------------------------------------------------------
+
+
+def _run(arm: Arm, seed: int, setting: Setting, corpus: Corpus, device: torch.device) -> dict[str, Any]:
+    """Train and measure one arm with one seed: its row."""
+    began = time.monotonic()
+    config = arm.config(setting.preset, setting.model, seed)
+    model = arm.build(setting.preset, setting.model, seed).to(device)
+    probe_T = probe_tokens(corpus, setting.n).to(device)
+    fitted = fit(
+        model,
+        partial(batches, corpus, setting.n, setting.batch, seed),
+        setting.steps,
+        lr=setting.lr * arm.lr_scale,
+        warmup=setting.warmup,
+        device=device,
+        probe_T=probe_T,
+        compiled=setting.compile,
+        title=f"{arm.text} seed {seed}",
+    )
+    tokens_BT, targets_BT = contexts(corpus, setting.n, setting.validation)
+    loss_T, used = validate(model, tokens_BT, targets_BT, device, setting.batch)
+    parts = flops(config, setting.n)
+    trained = training_flops(config, setting.n) * fitted.tokens
+    speed = fitted.tokens_per_second
+    metrics: dict[str, Any] = {
+        **position_report(loss_T, setting.beyond),
+        "unigram_bits_per_byte": unigram_entropy(targets_BT.numpy().astype("uint8").ravel()),
+        "diverged": fitted.diverged or not bool(loss_T.isfinite().all()),
+        "worst_rise": fitted.worst_rise,
+        "grad_norm_max": max(fitted.grad_norms),
+        "train_loss": fitted.losses[-1][1],
+        **fitted.flips,
+        "seconds": fitted.seconds,
+        "tokens_per_second": speed,
+        "forward_flops_per_token": parts,
+        "training_flops": trained,
+        "flops_per_second": training_flops(config, setting.n) * speed if speed else None,
+        "peak_bytes": fitted.peak_bytes,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    # Content that is not finite has no coherence, and the metrics refuse it.
+    if all(bool(p.isfinite().all()) for p in model.parameters()):
+        metrics |= group_metrics(model, used, probe_T)
+    return {
+        "experiment": "ablate",
+        "arm": arm.text,
+        "seed": seed,
+        "tokens": fitted.tokens,
+        "setting": dataclasses.asdict(setting),
+        "model": model_of(arm, setting, seed),
+        "metrics": metrics | {"wall_seconds": time.monotonic() - began},
+        "curves": {
+            "loss": fitted.losses,
+            "flip_rate_100": [(step, per_hundred(gap, rate)) for step, gap, rate in fitted.flip_curve],
+        },
+        **provenance(device),
+    }
+
+
+# --- all runs ----------------------------------------------------------------------------------------------
+
+
+def _took(row: dict[str, Any], warm: bool) -> float:
+    """Seconds of a run; `warm`: at its steady speed, for kernels are built once a process."""
+    found = row["metrics"]
+    if not warm or not found["tokens_per_second"]:
+        return found["wall_seconds"]
+    return found["wall_seconds"] - found["seconds"] + row["tokens"] / found["tokens_per_second"]
+
+
+def _expected(rows: list[dict[str, Any]], arm: Arm, warm: bool) -> float:
+    """Seconds a run of this arm will take: as long as its last one did, or the longest of all."""
+    own = [_took(row, warm) for row in rows if row["arm"] == arm.text]
+    return own[-1] if own else max((_took(row, warm) for row in rows), default=0.0)
+
+
+def _show(arms: list[Arm], seeds: list[int], setting: Setting, corpus: Corpus, device: Any) -> None:
+    where = environment(device)
+    print(
+        f"device  {where['device']}, {where['precision']}, torch {where['torch']}, Python {where['python']}"
+    )
+    print(f"text    {corpus.describe()}")
+    print(f"arms    {len(arms)}: {'  '.join(arm.text for arm in arms)}")
+    print(f"seeds   {', '.join(map(str, seeds))}")
+    print(f"model   {setting.preset}, changed in every arm: {json.dumps(setting.model)}")
+    base = dataclasses.asdict(CoGAConfig.preset(setting.preset, **setting.model))
+    print(f"        {' '.join(f'{name}={value}' for name, value in base.items() if name != 'seed')}")
+    print(
+        f"run     {setting.steps} steps of {setting.batch} x {setting.n:,} tokens; AdamW lr {setting.lr:g}, "
+        f"warm-up {setting.warmup} steps; {setting.validation} held-out contexts; compile {setting.compile}"
+    )
+    print(f"        parameters and forward FLOPs a token ({setting.n:,} tokens):")
+    for arm in arms:
+        config = arm.config(setting.preset, setting.model, seeds[0])
+        with torch.device("meta"):
+            size = sum(p.numel() for p in CoGAGPT(config).parameters())
+        rate = setting.lr * arm.lr_scale
+        print(f"        {arm.text}: {size:,}, {sum(flops(config, setting.n).values()):.3g}, lr {rate:g}")
+
+
+def _run_all(
+    todo: list[tuple[Arm, int]],
+    rows: list[dict[str, Any]],
+    setting: Setting,
+    corpus: Corpus,
+    device: torch.device,
+    folder: Path,
+    deadline: float,
+) -> tuple[list[str], list[str]]:
+    """Append a row a run. Returns the runs that are left for lack of time, and those that did not fit."""
+    failed: list[str] = []
+    with tqdm(total=len(todo), desc="runs", unit="run", dynamic_ncols=True) as bar:
+        for i, (arm, seed) in enumerate(todo):
+            # torch.compile starts anew in every run.
+            warm = i > 0 and not setting.compile
+            if time.monotonic() + _expected(rows, arm, warm) > deadline:
+                return [f"{one.text} seed {other}" for one, other in todo[i:]], failed
+            try:
+                row = clean(_run(arm, seed, setting, corpus, device))
+            except torch.OutOfMemoryError as error:
+                failed.append(f"{arm.text} seed {seed}")
+                bar.write(f"{failed[-1]}: out of memory, no row ({str(error).splitlines()[0]})")
+            else:
+                append_row(folder, row)
+                rows.append(row)
+                found = row["metrics"]
+                bits = report.number(found["bits_per_byte"], ".4f")
+                note = ", DIVERGED" if found["diverged"] else ""
+                bar.write(f"{arm.text} seed {seed}: {bits} bits/byte, {found['wall_seconds']:.1f} s{note}")
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            bar.update()
+    return [], failed
+
+
+def _report_only(args: argparse.Namespace) -> int:
+    rows = [row for row in read_rows(args.out) if row.get("experiment") == "ablate"]
+    if not rows:
+        raise ValueError(f"out={str(args.out)!r}: holds no {ROWS} of an ablation to report on")
+    reference = reference_of(args.reference, list(dict.fromkeys(row["arm"] for row in rows)))
+    report.write(args.out, rows, reference)
+    return 0
+
+
+def _main(argv: list[str] | None) -> int:
+    began = time.monotonic()
+    args = parser(__doc__.splitlines()[0]).parse_args(argv)
+    if args.report_only:
+        return _report_only(args)
+    arms, seeds = checked(args)
+    device = choose_device(args.device)
+    rows = rows_of(args.out, args.resume)
+    names = list(dict.fromkeys([arm.text for arm in arms] + [str(row.get("arm")) for row in rows]))
+    reference = reference_of(args.reference, names)
+    corpus = load_corpus(args.data, length=args.n)
+    setting = setting_of(args, corpus, device)
+    same_settings(rows, arms, setting, args.out)
+    make_folder(args.out)
+    _show(arms, seeds, setting, corpus, device)
+    print(f"out     {args.out}, reference {reference}", flush=True)
+    done = {(row["arm"], row["seed"]) for row in rows}
+    # A seed at a time, so that a run that is cut short leaves whole pairs.
+    todo = [(arm, seed) for seed in seeds for arm in arms if (arm.text, seed) not in done]
+    if len(todo) < len(arms) * len(seeds):
+        print(f"resume  {len(arms) * len(seeds) - len(todo)} runs are already there, {len(todo)} to go")
+    deadline = math.inf if args.time_limit is None else began + args.time_limit
+    left, failed = _run_all(todo, rows, setting, corpus, device, args.out, deadline)
+    if rows:
+        report.write(args.out, rows, reference)
+    print(f"{time.monotonic() - began:.0f} s; everything is in {args.out}")
+    if left:
+        print(f"time limit of {args.time_limit:g} s: {len(left)} runs left, go on with --resume")
+        print(f"left    {'  '.join(left)}")
+    if failed:
+        return fail(f"out of memory: {', '.join(failed)}", 1)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run with these arguments; returns the exit code."""
+    try:
+        return _main(argv)
+    except (ValueError, OSError) as error:
+        return fail(error, 2)
+    except KeyboardInterrupt:
+        print("stopped; finished runs are kept, go on with --resume", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
