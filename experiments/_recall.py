@@ -1,9 +1,11 @@
 """Synthetic recall: sequences whose answers stand far back, and which of them a local model could know.
 
-    pair      a key and the value after it; keys of a sequence are distinct, values uniform
+    pair      a key and the value after it; keys of a sequence are distinct, values uniform. Fused, a pair is
+              one token of its own (and one of filler): then a single attention hop finds the answer, where
+              key and value apart need two, a circuit that takes over ten million tokens to learn
     query     the key again; what comes next must be its value. Each key is asked once, so that no later
               query finds its answer nearby
-    filler    uniform noise tokens; keys, values and noise have ids of their own, in this order
+    filler    uniform noise tokens; keys, values, noise and fused pairs have ids of their own, in this order
 
     mqar      pairs | queries of a quarter of the pairs | filler | queries of the others, at the very end
     scattered pairs and their queries anywhere, in this order
@@ -43,28 +45,48 @@ class Vocabulary:
     keys: int
     values: int
     noise: int
+    fused: bool = False
+
+    @property
+    def plain(self) -> int:
+        """How many ids stand for a single thing."""
+        return self.keys + self.values + self.noise
 
     @property
     def size(self) -> int:
-        return self.keys + self.values + self.noise
+        return self.plain + (self.keys * self.values if self.fused else 0)
+
+    def fuse(self, key: Ints, value: Ints) -> Ints:
+        """Ids of fused pairs."""
+        return self.plain + key * self.values + value - self.keys
 
 
 @dataclass(frozen=True)
 class Row:
-    """tokens (T,); query (Q,) positions of the asked keys; pair (Q,) positions of the values they ask for."""
+    """tokens (T,); positions of the asked keys (Q,), of what holds the answers (Q,), and the answers (Q,)."""
 
     tokens: Ints
     query: Ints
     pair: Ints
+    answer: Ints
 
 
 def _filler(draw: np.random.Generator, vocab: Vocabulary, length: int) -> Ints:
-    return draw.integers(vocab.keys + vocab.values, vocab.size, length)
+    return draw.integers(vocab.keys + vocab.values, vocab.plain, length)
 
 
 def _draw_pairs(draw: np.random.Generator, vocab: Vocabulary, pairs: int) -> tuple[Ints, Ints]:
     key = draw.permutation(vocab.keys)[:pairs]
     return key, draw.integers(vocab.keys, vocab.keys + vocab.values, pairs)
+
+
+def _state(tokens: Ints, at: Ints, key: Ints, value: Ints, vocab: Vocabulary) -> Ints:
+    """Write pairs from each position on; where their values can be read."""
+    if vocab.fused:
+        tokens[at] = vocab.fuse(key, value)
+        return at
+    _write(tokens, at, key, value)
+    return at + 1
 
 
 def _write(tokens: Ints, at: Ints, key: Ints, value: Ints) -> None:
@@ -78,15 +100,14 @@ def mqar(draw: np.random.Generator, vocab: Vocabulary, length: int, pairs: int) 
     """Multi-query associative recall over `length` >= 4 `pairs` tokens."""
     tokens = _filler(draw, vocab, length)
     key, value = _draw_pairs(draw, vocab, pairs)
-    place = 2 * np.arange(pairs)
-    _write(tokens, place, key, value)
+    place = _state(tokens, 2 * np.arange(pairs), key, value, vocab)
     order = draw.permutation(pairs)
     early = pairs // ANSWERED_EARLY
     query = np.concatenate(
         [2 * pairs + 2 * np.arange(early), length - 2 * (pairs - early) + 2 * np.arange(pairs - early)]
     )
     _write(tokens, query, key[order], value[order])
-    return Row(tokens, query, place[order] + 1)
+    return Row(tokens, query, place[order], value[order])
 
 
 def scattered(draw: np.random.Generator, vocab: Vocabulary, length: int, pairs: int) -> Row:
@@ -95,9 +116,9 @@ def scattered(draw: np.random.Generator, vocab: Vocabulary, length: int, pairs: 
     key, value = _draw_pairs(draw, vocab, pairs)
     slots = 2 * draw.permutation(length // 2)[: 2 * pairs].reshape(2, pairs) + length % 2
     first, second = np.sort(slots, 0)
-    _write(tokens, first, key, value)
+    place = _state(tokens, first, key, value, vocab)
     _write(tokens, second, key, value)
-    return Row(tokens, second, first + 1)
+    return Row(tokens, second, place, value)
 
 
 def needle(draw: np.random.Generator, vocab: Vocabulary, length: int, depth: float, pairs: int) -> Row:
@@ -109,10 +130,9 @@ def needle(draw: np.random.Generator, vocab: Vocabulary, length: int, depth: flo
     other = draw.permutation(slots - 1)[: pairs - 1]
     other = other + (other >= own)
     offset = (length - 1) % 2  # the last place ends right before the question
-    place = 2 * np.concatenate([[own], other]) + offset
-    _write(tokens, place, key, value)
+    place = _state(tokens, 2 * np.concatenate([[own], other]) + offset, key, value, vocab)
     tokens[-1] = key[0]
-    return Row(tokens, np.array([length - 1]), place[:1] + 1)
+    return Row(tokens, np.array([length - 1]), place[:1], value[:1])
 
 
 def stack(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
@@ -120,7 +140,7 @@ def stack(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     tokens = np.stack([row.tokens for row in rows])
     targets = np.full_like(tokens, -100)
     for target, row in zip(targets, rows):
-        target[row.query] = row.tokens[row.pair]
+        target[row.query] = row.answer
     return torch.from_numpy(tokens), torch.from_numpy(targets)
 
 
@@ -156,7 +176,7 @@ def recalled(model: CoGAGPT, rows: Sequence[Row], device: torch.device, tokens_a
                 for x_TD, row in zip(x_BTD, part):
                     logits = linear(x_TD[torch.from_numpy(row.query).to(device)], model.head_weight)
                     best = logits.argmax(-1).cpu().numpy()
-                    found.append((best == row.tokens[row.pair]).astype(np.int64))
+                    found.append((best == row.answer).astype(np.int64))
     finally:
         hook.remove()
         model.train(was_training)

@@ -41,7 +41,7 @@ def _heat(path: Path, row: dict[str, Any]) -> None:
 
 def _figure(title: str, panels: int) -> tuple[Any, Any]:
     figure, axes = plt.subplots(1, panels, figsize=(4.2 * panels, 3.8), squeeze=False, sharey=True)
-    figure.suptitle(title)
+    figure.suptitle(title, y=1.02)
     for axis in axes[0]:
         axis.set_ylim(-0.03, 1.03)
         axis.grid(alpha=0.3)

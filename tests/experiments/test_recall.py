@@ -20,6 +20,7 @@ import recall
 from _recall import Vocabulary, classes, mqar, needle, recalled, scattered, stack
 
 VOCAB = Vocabulary(keys=12, values=5, noise=3)
+FUSED = Vocabulary(keys=12, values=5, noise=3, fused=True)
 TINY = [
     "--n", "64", "--max-length", "128", "--window", "16", "--layers", "near 4", "--open-groups", "2",
     "--steps", "2", "--warmup-steps", "2", "--batch", "2", "--pairs", "4", "--keys", "8", "--values", "4",
@@ -61,6 +62,17 @@ def test_targets_are_what_a_plain_reading_gives(kind, length):
                 assert tokens[query + 1] == answer  # what the model reads next is the answer
 
 
+@pytest.mark.parametrize("make", [mqar, scattered])
+def test_fused_pairs_hold_key_and_value_in_one_token(make):
+    row = make(np.random.default_rng(2), FUSED, 50, 10)
+    targets = stack([row])[1][0].tolist()
+    for query, pair in zip(row.query.tolist(), row.pair.tolist()):
+        key, value = divmod(int(row.tokens[pair]) - 20, 5)
+        assert 0 <= pair < query and key == row.tokens[query]
+        assert targets[query] == 12 + value
+    assert (row.tokens >= 20).sum() == 10 and row.tokens.max() < FUSED.size == 80
+
+
 def test_mqar_asks_late_questions_at_the_end_and_early_ones_after_the_pairs():
     row = mqar(np.random.default_rng(0), VOCAB, 100, 8)
     assert row.query.tolist() == [16, 18, 88, 90, 92, 94, 96, 98]
@@ -99,7 +111,7 @@ def test_out_of_reach_is_where_a_local_model_has_no_gradient():
     model.embedding.register_forward_hook(keep)
     model(torch.zeros(1, length, dtype=torch.int64)).logits[0, query].square().sum().backward()
     reached = embedded[0].grad[0].abs().sum(-1) > 0
-    row = _recall.Row(np.zeros(length), np.full(length, query), np.arange(length))
+    row = _recall.Row(np.zeros(length), np.full(length, query), np.arange(length), np.zeros(length))
     beyond, out_of_reach = classes(row, config)
     assert (~reached[: query + 1].numpy() == out_of_reach[: query + 1]).all()
     assert out_of_reach.sum() == 32 and beyond.sum() == 40
@@ -116,13 +128,13 @@ def test_recalled_counts_the_models_own_choices():
     assert [len(one) for one in found] == [10] * 5
     for row, one, logit in zip(rows, found, logits):
         best = logit.argmax(-1).numpy()
-        assert (one == (best[row.query] == row.tokens[row.pair])).all()
+        assert (one == (best[row.query] == row.answer)).all()
     model.norm = Constant(config.d_model)
     torch.nn.init.zeros_(model.head.weight)
     with torch.no_grad():
         model.head.weight[said] = 1
     for row, one in zip(rows, recalled(model, rows, torch.device("cpu"), 80)):
-        assert (one == (row.tokens[row.pair] == said)).all()
+        assert (one == (row.answer == said)).all()
         assert one.sum() < 10
 
 
