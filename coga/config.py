@@ -203,6 +203,9 @@ class CoGAConfig:
                 }[base]
                 if not ok:
                     raise _bad(field.name, value, f"must be {kinds}")
+            if base == "float":  # an integer is welcome, and becomes what the tensors need
+                value = tuple(map(float, value)) if isinstance(value, tuple) else float(value)
+                object.__setattr__(self, field.name, value)
             if isinstance(value, tuple) and len(value) != self.n_layer:
                 raise _bad(field.name, value, f"must hold n_layer={self.n_layer} values, one a layer")
 

@@ -77,7 +77,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--lr", type=float, help="peak learning rate of AdamW (the preset's)")
     add("--warmup", type=int, help="steps over which it rises (a tenth, at most 100)")
     add("--validation", type=int, help="held-out contexts of length n (2**18 bytes, at most 64)")
-    add("--compile", action="store_true", help="torch.compile the model")
+    add("--compile", action="store_true", help="compile the blocks for training (torch.compile)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:INDEX")
     add("--out", type=Path, default=Path("runs/ablate"), metavar="DIR", help="folder (runs/ablate)")
     add("--reference", metavar="ARM", help="arm that the others are compared with (gumbel)")

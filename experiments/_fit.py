@@ -197,9 +197,7 @@ def fit(
     reset_peak_memory(device)
     optimizer = make_optimizer(model, lr, device)
     if compiled:
-        # Each model guards the same code objects: without this the ninth would silently run uncompiled.
-        torch.compiler.reset()
-    run = torch.compile(model) if compiled else model
+        model.compile_blocks()  # models of the same shape share what is compiled
     noise_step = torch.zeros((), dtype=torch.int64, device=device)
     every, probed = max(1, steps // FETCHES), _probe_steps(steps) if probe_T is not None else set()
     steady = min(steps - 1, max(1, min(20, steps // 4)))
@@ -218,7 +216,7 @@ def fit(
                 group["lr"] = rate_at(step, steps, lr, warmup)
             tokens, targets = _to(device, *batches(step))
             with precision(device):
-                out = run(tokens, targets, noise_step=noise_step)
+                out = model(tokens, targets, noise_step=noise_step)
                 total = out.total_loss
             total.backward()
             norms.append(torch.nn.utils.clip_grad_norm_(parameters, CLIP).detach())

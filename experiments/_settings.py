@@ -53,6 +53,7 @@ class Settings:
     validation: int
     sample: int
     activation_checkpointing: bool
+    compile: bool
     model: dict[str, Any]
     compare: list[str]
 
@@ -124,6 +125,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     add("--open-groups", type=int, help="groups a token reads member by member")
     add("--set", type=_override, action="append", metavar="FIELD=VALUE", help="any other field of CoGAConfig")
     add("--activation-checkpointing", action="store_true", help="recompute blocks in the backward pass")
+    add("--compile", action="store_true", help="compile the blocks for training (torch.compile)")
     add("--compare", metavar="ARM,ARM", help=f"train these on the same batches: {', '.join(ARMS)}")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:INDEX")
     add("--out", metavar="DIR", default="", help="run folder (runs/longctx-N-PRESET-SEED)")
@@ -158,7 +160,7 @@ def complete(given: dict[str, Any]) -> Settings:
         raise ValueError(f"preset={preset!r}: must be one of {', '.join(PRESETS)}")
     values: dict[str, Any] = dict(
         preset=preset, data="python", tokenizer="", seed=0, validation=1, sample=256,
-        activation_checkpointing=False, model={}, compare=[],
+        activation_checkpointing=False, compile=False, model={}, compare=[],
     )  # fmt: skip
     values |= TRAINING[preset]
     values["warmup_len"] = max(1, min(values["warmup_len"], given["n"]))

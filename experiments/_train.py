@@ -67,6 +67,8 @@ class Trainer:
         self._resumed = model is not None
         self.model = (CoGAGPT(self.config) if model is None else model).to(device).train()
         self.model.set_activation_checkpointing(settings.activation_checkpointing)
+        if settings.compile:
+            self.model.compile_blocks()
         # Matrices are decayed, gains and biases are not.
         matrices = [p for p in self.model.parameters() if p.ndim >= 2]
         others = [p for p in self.model.parameters() if p.ndim < 2]

@@ -169,8 +169,7 @@ def _run_all(
     failed: list[str] = []
     with tqdm(total=len(todo), desc="runs", unit="run", dynamic_ncols=True) as bar:
         for i, (arm, seed) in enumerate(todo):
-            # torch.compile starts anew in every run.
-            warm = i > 0 and not setting.compile
+            warm = i > 0
             if time.monotonic() + _expected(rows, arm, warm) > deadline:
                 return [f"{one.text} seed {other}" for one, other in todo[i:]], failed
             try:

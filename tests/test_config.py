@@ -9,6 +9,7 @@ import re
 import pytest
 
 from coga import CoGAConfig
+from coga.models import CoGAGPT
 
 BAD = [
     ("layers", "near sixteen", "unknown layer 'sixteen'"),
@@ -143,3 +144,9 @@ def test_json_brings_tuples_back():
 def test_json_that_is_no_configuration_is_an_error(text, message):
     with pytest.raises(ValueError, match=message):
         CoGAConfig.from_json(text)
+
+
+def test_an_integer_in_a_float_field_becomes_a_float():
+    config = CoGAConfig.preset("tiny", far_bias_init=-1, capacity_factor=[1, 2, 1])
+    assert isinstance(config.far_bias_init, float) and config.capacity_factor == (1.0, 2.0, 1.0)
+    CoGAGPT(config)

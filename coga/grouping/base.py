@@ -83,7 +83,9 @@ class BaseGrouping(nn.Module):
     def __init__(self, config: CoGAConfig, layer: LayerConfig) -> None:
         super().__init__()
         self.groups, self.group_size, self.slots = layer.groups, layer.group_size, layer.slots
-        self.layer_index, self.seed = layer.index, config.seed
+        # A buffer, not integers: blocks that differ in nothing else then share their compiled code.
+        self.register_buffer("seed_and_layer", torch.tensor([config.seed, layer.index]), persistent=False)
+        self.seed_and_layer: Tensor
 
     def forward(self, content_BNWC: Tensor, context: GroupingContext) -> Grouping:
         raise NotImplementedError

@@ -119,7 +119,8 @@ class GumbelGrouping(BaseGrouping):
         place = torch.arange(width, device=device)
         position = (context.window_BN[..., None] * width + place).flatten(1)
         row = torch.arange(batch, device=device)
-        noise = gumbel(self.seed, context.noise_step, self.layer_index, row, position, self.groups)
+        seed, layer = self.seed_and_layer.unbind()
+        noise = gumbel(seed, context.noise_step, layer, row, position, self.groups)
         return noise.view(batch, windows, width, self.groups)
 
     def _stats(self, cos, weight, preferred, unit, context: GroupingContext) -> GroupingStats:

@@ -39,7 +39,12 @@ def uniform(*words: Tensor | int, device: torch.device) -> Tensor:
 
 
 def gumbel(
-    seed: int, step: Tensor | int, layer: int, row_B: Tensor, position_BS: Tensor, groups: int
+    seed: Tensor | int,
+    step: Tensor | int,
+    layer: Tensor | int,
+    row_B: Tensor,
+    position_BS: Tensor,
+    groups: int,
 ) -> Tensor:
     """Gumbel(0, 1) noise of shape (B, S, G), float32."""
     device = position_BS.device

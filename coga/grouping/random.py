@@ -18,7 +18,8 @@ class RandomGrouping(BaseGrouping):
     def forward(self, content_BNWC: Tensor, context: GroupingContext) -> Grouping:
         width, device = content_BNWC.shape[2], content_BNWC.device
         place = torch.arange(width, device=device)
-        u = uniform(self.seed, self.layer_index, context.window_BN[..., None], place, device=device)
+        seed, layer = self.seed_and_layer.unbind()
+        u = uniform(seed, layer, context.window_BN[..., None], place, device=device)
         shuffled = u.sort(dim=-1, stable=True).indices
         index = torch.zeros_like(shuffled).scatter(
             -1, shuffled, (place // self.group_size).expand_as(shuffled)

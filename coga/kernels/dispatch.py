@@ -21,15 +21,16 @@ from coga.types import Far
 __all__ = ["assign", "attend", "group_attend", "permute", "resolve_backend", "select"]
 
 
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+# Asked once, at import: a graph that torch.compile traces may hold no question to the operating system.
+_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
     """ "reference" or "triton" for a request and a device; ValueError where triton cannot run."""
     if backend not in ("auto", "reference", "triton"):
         raise ValueError(f"backend={backend!r}: must be one of auto, reference, triton")
-    possible = importlib.util.find_spec("triton") is not None and (device.type == "cuda" or _interpreting())
+    possible = _TRITON and (device.type == "cuda" or _INTERPRETING)
     if backend == "triton" and not possible:
         raise ValueError(f"backend='triton': needs a CUDA device and the triton package, got device {device}")
     if backend == "auto":

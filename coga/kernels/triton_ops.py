@@ -27,8 +27,8 @@ from coga.types import Far
 
 __all__ = ["assign", "attend", "attend_backward", "group_attend", "group_attend_backward", "select"]
 
-# Widest content by dtype. Without tensor cores ptxas spills kilobytes a thread on wider float32 tiles and takes
-# minutes to compile them.
+# Widest content by dtype. Without tensor cores ptxas spills kilobytes a thread on wider float32 tiles, and
+# takes minutes to compile them.
 WIDEST_CONTENT = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}
 WIDEST_ROTARY = 128
 

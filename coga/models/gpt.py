@@ -11,6 +11,7 @@ Legend: B batch, T tokens, D model width, V vocabulary.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -75,6 +76,7 @@ class CoGAGPT(nn.Module):
         self.register_buffer("step_count", torch.zeros((), dtype=torch.int64))
         self.step_count: Tensor
         self.activation_checkpointing = False
+        self._compiled: list[Callable] = []
 
     def _init_weights(self) -> None:
         """Normal(0, init_std); what writes into the residual stream is scaled by 1/sqrt(2 n_layer)."""
@@ -103,6 +105,18 @@ class CoGAGPT(nn.Module):
     def set_activation_checkpointing(self, on: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.activation_checkpointing = on
+
+    def compile_blocks(self, **options) -> None:
+        """Compile each block by itself (`torch.compile`, static shapes, one graph), for training steps.
+
+        Blocks of one kind share their code, so the time it takes follows the kinds of layers, not the depth.
+        Evaluation and decoding stay uncompiled. `options` go to `torch.compile`.
+        """
+        # One code object serves all blocks, at every length of a run; torch's own limit of 8 would end that.
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, 64)
+        options = {"fullgraph": True, "dynamic": False, **options}
+        self._compiled = [torch.compile(block, **options) for block in self.stack]
 
     def call_context(
         self, position: Tensor, length_B: Tensor | None, noise_step: Tensor | int
@@ -175,7 +189,7 @@ class CoGAGPT(nn.Module):
         context = self.call_context(position, None if align is None else align.length_B, noise_step)
         x = self.embedding(tokens_BT)
         outputs = []
-        for block in self.stack:
+        for block in self._compiled if self._compiled and self.training else self.stack:
             if self.activation_checkpointing and self.training:
                 x, attended = checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=False)
             else:

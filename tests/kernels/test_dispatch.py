@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support import F64, assert_close, real_bytes, small_model
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck
 from torch.library import opcheck
 
@@ -184,6 +185,30 @@ def test_a_model_compiles_into_one_graph_forward_and_backward():
     assert_close(out.total_loss, eager.total_loss)
     for name, parameter in model.named_parameters():
         assert_close(parameter.grad, expected[name])
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*autograd.function.Function.*instantiated:DeprecationWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
+)  # torch's own, when it looks at a graph's inputs
+def test_blocks_of_one_kind_share_their_compiled_code():
+    """Eight layers of two kinds: two graphs, the result of the uncompiled model; eval stays uncompiled."""
+    config = dict(layers="near 4 4 4", n_layer=8, train=True, grouping="gumbel")
+    model, plain = small_model(4, **config), small_model(4, **config)
+    counter = CompileCounterWithBackend("aot_eager")
+    model.compile_blocks(backend=counter)
+    tokens = real_bytes(2, 3 * 16 + 5)
+    for step in range(2):
+        outs = [m(tokens, tokens, noise_step=torch.tensor(step)) for m in (model, plain)]
+        for out in outs:
+            out.total_loss.backward()
+        assert_close(outs[0].total_loss, outs[1].total_loss)
+        assert counter.frame_count == 2
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        assert_close(a.grad, b.grad)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert_close(model.eval()(tokens).logits, plain.eval()(tokens).logits)
+    assert counter.frame_count == 2
 
 
 # ------------------------------------------------------------------------------------------- the choice

@@ -17,6 +17,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
+# Both may be exact (one token), so a rounding of the last place is allowed. In float32 the parts merge
+# through a log-sum-exp of magnitude 4 to 16, whose own last place is 1e-6: the floor of the comparison.
+FLOOR = {torch.bfloat16: 2**-10, torch.float16: 2**-13, torch.float32: 1e-6}
 NAMES = ("q", "latent", "alpha", "sink", "group", "far_bias", "slot")
 
 
@@ -201,8 +204,7 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_error_at_most_twice_plain(name, dtype):
     for key, (ours, theirs) in ratios(**SHAPES[name], dtype=dtype).items():
-        # Both may be exact (one token): a rounding of the last place is then allowed.
-        assert ours <= 2 * theirs + torch.finfo(dtype).eps / 8, f"{key}: {ours:.2e}, plain {theirs:.2e}"
+        assert ours <= 2 * theirs + FLOOR[dtype], f"{key}: {ours:.2e}, plain {theirs:.2e}"
 
 
 def test_same_bits_twice():
