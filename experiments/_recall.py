@@ -2,7 +2,7 @@
 
     pair      a key and the value after it; keys of a sequence are distinct, values uniform. Fused, a pair is
               one token of its own (and one of filler): then a single attention hop finds the answer, where
-              key and value apart need two, a circuit that takes over ten million tokens to learn
+              key and value apart need two, which tiny models did not learn in a million tokens
     query     the key again; what comes next must be its value. Each key is asked once, so that no later
               query finds its answer nearby
     filler    uniform noise tokens; keys, values, noise and fused pairs have ids of their own, in this order
