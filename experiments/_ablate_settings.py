@@ -7,11 +7,11 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from _arms import Arm, field_value, parse_arms, parse_integers
-from _common import environment, holds_run
+from _common import StrictParser, environment, holds_run
 from _rows import clean, read_rows
 from _settings import TRAINING
 
@@ -57,13 +57,8 @@ class Setting:
     sha256: str
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
 def parser(description: str) -> argparse.ArgumentParser:
-    made = _Parser(description=description, allow_abbrev=False)
+    made = StrictParser(description=description)
     add = made.add_argument
     add("--arms", default=ARMS, metavar="ARM,ARM", help=f"NAME or NAME:FIELD=VALUE,... ({ARMS})")
     add("--seeds", default="0,1,2", help="of weights, noise and batches (0,1,2)")

@@ -11,13 +11,12 @@ A list of arms is separated by commas; a part without a name ("sink=false") belo
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from _settings import ARMS, _override
+from _settings import ARMS, override
 
 from coga import CoGAConfig
 from coga.models import CoGAGPT
@@ -73,14 +72,9 @@ def _split(text: str) -> list[str]:
 
 def field_value(text: str) -> tuple[str, Any]:
     """FIELD and its value, as JSON where it is any, else as text. Raises argparse's own type of error."""
-    name, value = _override(text)
+    name, value = override(text)
     if name == "seed":
         raise argparse.ArgumentTypeError(f"{text!r}: seeds have an option of their own")
-    kind = next((str(one.type) for one in dataclasses.fields(CoGAConfig) if one.name == name), "")
-    if kind == "str":  # a single group size is a pattern of layers too, not a number
-        value = text.partition("=")[2]
-    elif kind.startswith("float") and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
     return name, value
 
 

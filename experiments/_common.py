@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -10,13 +11,14 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 __all__ = [
     "FINISHED",
     "RUN_FILES",
+    "StrictParser",
     "choose_device",
     "environment",
     "fail",
@@ -33,6 +35,16 @@ __all__ = [
 
 FINISHED = "report.json"  # written last: a run that has it is complete
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint", "checkpoint.old", FINISHED, "sample.txt")
+
+
+class StrictParser(argparse.ArgumentParser):
+    """Raises ValueError on arguments it cannot read, so that every error is one line; no abbreviations."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
 
 
 def fail(message: object, code: int = 2) -> int:

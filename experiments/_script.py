@@ -13,12 +13,12 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from _common import environment, fail, holds_run, make_folder, read_json, write_json
+from _common import StrictParser, environment, fail, holds_run, make_folder, read_json, write_json
 from _rows import ROWS, clean, read_rows
-from _settings import _override
+from _settings import override
 
 from coga.models import CoGAGPT
 
@@ -37,14 +37,9 @@ __all__ = [
 ]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
 def parser(description: str, out: str) -> argparse.ArgumentParser:
     """With what every script has."""
-    made = _Parser(description=description, allow_abbrev=False)
+    made = StrictParser(description=description)
     made.add_argument("--seed", type=int, default=0, help="of weights, noise and batches (0)")
     made.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:INDEX")
     made.add_argument(
@@ -56,7 +51,7 @@ def parser(description: str, out: str) -> argparse.ArgumentParser:
 
 def add_model_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("--preset", default="tiny", help="tiny, small, gpt2 (tiny)")
-    made.add_argument("--set", type=_override, action="append", default=[], metavar="FIELD=VALUE",
+    made.add_argument("--set", type=override, action="append", default=[], metavar="FIELD=VALUE",
                       help="a field of CoGAConfig")  # fmt: skip
 
 

@@ -7,12 +7,14 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
+
+from _common import StrictParser
 
 from coga import CoGAConfig
 from coga.config import GROUPINGS, PRESETS
 
-__all__ = ["ARMS", "Settings", "complete", "model_config", "parse", "stored"]
+__all__ = ["ARMS", "Settings", "complete", "model_config", "override", "parse", "stored"]
 
 # A named arm changes the layers of the run, or how its layers group.
 ARMS: dict[str, dict[str, str]] = {
@@ -26,6 +28,9 @@ TRAINING: dict[str, dict[str, Any]] = {
     "small": dict(steps=100, batch=1, lr=2e-3, warmup_steps=200, warmup_len=2048, warmup_batch=8),
     "gpt2": dict(steps=20, batch=1, lr=6e-4, warmup_steps=40, warmup_len=4096, warmup_batch=4),
 }
+
+
+TEXTS = {field.name for field in dataclasses.fields(CoGAConfig) if str(field.type) == "str"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,16 +92,13 @@ class Settings:
         return dataclasses.replace(self, model={**self.model, **ARMS[name]}, compare=[])
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
-def _override(text: str) -> tuple[str, Any]:
-    """FIELD=VALUE, the value as JSON where it is any, else as text."""
+def override(text: str) -> tuple[str, Any]:
+    """FIELD=VALUE, the value as JSON where it is any, else as text. Raises argparse's own type of error."""
     name, found, value = text.partition("=")
     if not (found and name):
         raise argparse.ArgumentTypeError(f"{text!r}: must be FIELD=VALUE")
+    if name in TEXTS:  # a single group size is a pattern of layers too, not a number
+        return name, value
     try:
         return name, json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
     except json.JSONDecodeError:
@@ -104,7 +106,7 @@ def _override(text: str) -> tuple[str, Any]:
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
-    parser = _Parser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser = StrictParser(description=description, argument_default=argparse.SUPPRESS)
     add = parser.add_argument
     add("--n", type=int, help="context length in tokens (bytes, unless --tokenizer)")
     add("--preset", help=f"{', '.join(PRESETS)} (tiny)")
@@ -123,7 +125,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     add("--grouping", help=", ".join(GROUPINGS))
     add("--window", type=int, help="tokens in a window")
     add("--open-groups", type=int, help="groups a token reads member by member")
-    add("--set", type=_override, action="append", metavar="FIELD=VALUE", help="any other field of CoGAConfig")
+    add("--set", type=override, action="append", metavar="FIELD=VALUE", help="any other field of CoGAConfig")
     add("--activation-checkpointing", action="store_true", help="recompute blocks in the backward pass")
     add("--compile", action="store_true", help="compile the blocks for training (torch.compile)")
     add("--compare", metavar="ARM,ARM", help=f"train these on the same batches: {', '.join(ARMS)}")

@@ -364,7 +364,7 @@ def widths(width: int, content: int) -> dict:
 
 
 def _tiles(dtype: torch.dtype, content: int) -> dict:
-    """Tile and schedule: what fits registers and shared memory without spills (docs/log.md); not yet timed."""
+    """Tile and schedule: what fits registers and shared memory (docs/log.md); not timed yet."""
     if dtype == torch.float32:  # no tensor cores: wide tiles only make ptxas spill, and slow
         block = 32 if content <= 64 else 16
         return dict(BM=block, BN=32, num_warps=4, num_stages=1)

@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 
+import convert
 import pytest
 import torch
+from _convert import Reading, figures, parse_reading, readings, table
 
 from coga import CoGAConfig
 from coga.data import contexts, load_corpus
 from coga.models import CoGAGPT
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
-
-import convert
-from _convert import Reading, figures, parse_reading, readings, table
+SCRIPT = convert
 
 SMALL = dict(
     n_layer=2, n_head=2, d_model=16, latent_dim=8, rope_dim=4, window=16, band=8, layers="full", max_len=512,
@@ -27,13 +25,6 @@ TINY = [
     "--n", "96", "--window", "16", "--contexts", "2", "--batch", "2", "--group-sizes", "4,8",
     "--open", "0,2,16", "--groupings", "contiguous,kmeans", "--device", "cpu",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_bytes(b"".join(b"def f%d(x):\n    return x + %d\n\n" % (i, i * i) for i in range(200)))
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -185,26 +176,17 @@ BAD = {
 }
 
 
-def refused(arguments: list[str], capsys) -> str:
-    capsys.readouterr()
-    assert convert.main(arguments) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1, error
-    assert "Traceback" not in error
-    return error
-
-
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line_and_writes_nothing(name, checkpoint, text, tmp_path, capsys, monkeypatch):
+def test_bad_input_is_one_line_and_writes_nothing(name, checkpoint, text, tmp_path, refused, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments, expected = BAD[name]
-    assert expected in refused([*TINY, "--checkpoint", str(checkpoint), "--data", text, *arguments], capsys)
+    assert expected in refused([*TINY, "--checkpoint", str(checkpoint), "--data", text, *arguments])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_checkpoints_that_do_not_fit(checkpoint, text, tmp_path, capsys, monkeypatch):
+def test_checkpoints_that_do_not_fit(checkpoint, text, tmp_path, refused, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "--train STEPS" in refused([*TINY, "--data", text], capsys)
+    assert "--train STEPS" in refused([*TINY, "--data", text])
     near, cut, small = (tmp_path / name for name in ("near", "cut", "small"))
     CoGAGPT(CoGAConfig(**{**SMALL, "layers": "near"})).save_pretrained(near)
     CoGAGPT(CoGAConfig(**{**SMALL, "vocab_size": 100})).save_pretrained(small)
@@ -218,22 +200,22 @@ def test_checkpoints_that_do_not_fit(checkpoint, text, tmp_path, capsys, monkeyp
         (small, text, "vocab_size=100"),
         (checkpoint, "empty", "must not be empty"),
     ):
-        assert expected in refused([*TINY, "--checkpoint", str(folder), "--data", data], capsys)
+        assert expected in refused([*TINY, "--checkpoint", str(folder), "--data", data])
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_existing_run_is_left_alone(run, checkpoint, text, capsys):
+def test_an_existing_run_is_left_alone(run, checkpoint, text, refused):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     arguments = [*TINY, "--checkpoint", str(checkpoint), "--data", text, "--out", str(run)]
-    assert "already holds" in refused(arguments, capsys)
-    assert "contexts=3" in refused([*arguments, "--resume", "--finetune", "3", "--contexts", "3"], capsys)
+    assert "already holds" in refused(arguments)
+    assert "contexts=3" in refused([*arguments, "--resume", "--finetune", "3", "--contexts", "3"])
     other = [*arguments, "--out", str(checkpoint)]
-    assert "already holds" in refused(other, capsys)
+    assert "already holds" in refused(other)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-def test_a_folder_that_cannot_be_written(checkpoint, text, tmp_path, capsys):
+def test_a_folder_that_cannot_be_written(checkpoint, text, tmp_path, refused):
     (tmp_path / "file").write_text("kept")
     arguments = [*TINY, "--checkpoint", str(checkpoint), "--data", text, "--out", str(tmp_path / "file")]
-    assert "out=" in refused(arguments, capsys)
+    assert "out=" in refused(arguments)
     assert (tmp_path / "file").read_text() == "kept"

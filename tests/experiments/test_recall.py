@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
+import _recall
 import numpy as np
 import pytest
+import recall
 import torch
+from _recall import Vocabulary, classes, mqar, needle, recalled, scattered, stack
 
 from coga import CoGAConfig
 from coga.models import CoGAGPT
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
-
-import _recall
-import recall
-from _recall import Vocabulary, classes, mqar, needle, recalled, scattered, stack
+SCRIPT = recall
 
 VOCAB = Vocabulary(keys=12, values=5, noise=3)
 FUSED = Vocabulary(keys=12, values=5, noise=3, fused=True)
@@ -198,10 +196,10 @@ def test_resume_keeps_rows_and_adds_the_missing_arm(run, tmp_path):
         assert [row[key] for row in again] == [row[key] for row in before]
 
 
-def test_an_existing_run_is_left_alone(run, capsys):
+def test_an_existing_run_is_left_alone(run, refused):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    assert "already holds" in refused([*TINY, "--out", str(run)], capsys)
-    assert "steps=3" in refused([*TINY, "--out", str(run), "--resume", "--steps", "3"], capsys)
+    assert "already holds" in refused([*TINY, "--out", str(run)])
+    assert "steps=3" in refused([*TINY, "--out", str(run), "--resume", "--steps", "3"])
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
@@ -229,34 +227,25 @@ BAD = {
 }
 
 
-def refused(arguments: list[str], capsys) -> str:
-    capsys.readouterr()
-    assert recall.main(arguments) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1, error
-    assert "Traceback" not in error
-    return error
-
-
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line_and_writes_nothing(name, tmp_path, capsys, monkeypatch):
+def test_bad_input_is_one_line_and_writes_nothing(name, tmp_path, refused, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments, expected = BAD[name]
-    assert expected in refused([*TINY, *arguments], capsys)
+    assert expected in refused([*TINY, *arguments])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_written(tmp_path, capsys):
+def test_a_folder_that_cannot_be_written(tmp_path, refused):
     (tmp_path / "file").write_text("kept")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        assert "out=" in refused([*TINY, "--out", str(place)], capsys)
+        assert "out=" in refused([*TINY, "--out", str(place)])
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
+def test_a_folder_of_something_else_is_left_alone(tmp_path, refused):
     (tmp_path / "config.json").write_text("{}")
     for more in ([], ["--resume"]):
-        assert "config.json" in refused([*TINY, "--out", str(tmp_path), *more], capsys)
+        assert "config.json" in refused([*TINY, "--out", str(tmp_path), *more])
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     assert (tmp_path / "config.json").read_text() == "{}"

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
+import _sanity
 import numpy as np
 import pytest
+import sanity
 import torch
+from _sanity import entropies, gradient_norms, part_of, rebuilt, reciprocities, watch
 
 from coga import CoGAConfig
 from coga.models import CoGAGPT
 from coga.models.diagnostics import attention_entropy
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
-
-import _sanity
-import sanity
-from _sanity import entropies, gradient_norms, part_of, rebuilt, reciprocities, watch
+SCRIPT = sanity
 
 SMALL = dict(
     n_layer=3, n_head=2, d_model=24, latent_dim=10, rope_dim=4, window=16, band=8, layers="near 4 mha",
@@ -197,13 +195,6 @@ def test_a_part_without_gradient_is_named():
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_bytes(b"".join(b"def f%d(x):\n    return x + %d\n\n" % (i, i * i) for i in range(200)))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "mixed"
     model_of().float().save_pretrained(folder)
@@ -292,29 +283,20 @@ BAD = {
 }
 
 
-def refused(given: list[str], capsys) -> str:
-    capsys.readouterr()
-    assert sanity.main(given) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1, error
-    assert "Traceback" not in error
-    return error
-
-
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line_and_writes_nothing(name, arguments, tmp_path, capsys, monkeypatch):
+def test_bad_input_is_one_line_and_writes_nothing(name, arguments, tmp_path, refused, monkeypatch):
     monkeypatch.chdir(tmp_path)
     more, expected = BAD[name]
-    assert expected in refused([*arguments, *more], capsys)
+    assert expected in refused([*arguments, *more])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_texts_and_folders_that_do_not_fit(run, arguments, tmp_path, capsys):
+def test_texts_and_folders_that_do_not_fit(run, arguments, tmp_path, refused):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    assert "already holds" in refused([*arguments, "--out", str(run)], capsys)
-    assert "queries=7" in refused([*arguments, "--out", str(run), "--resume", "--queries", "7"], capsys)
+    assert "already holds" in refused([*arguments, "--out", str(run)])
+    assert "queries=7" in refused([*arguments, "--out", str(run), "--resume", "--queries", "7"])
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     (tmp_path / "file").write_text("")
-    assert "out=" in refused([*arguments, "--out", str(tmp_path / "file")], capsys)
-    assert "must not be empty" in refused([*arguments, "--data", str(tmp_path / "file")], capsys)
-    assert "--checkpoint" in refused([], capsys)
+    assert "out=" in refused([*arguments, "--out", str(tmp_path / "file")])
+    assert "must not be empty" in refused([*arguments, "--data", str(tmp_path / "file")])
+    assert "--checkpoint" in refused([])
