@@ -378,6 +378,11 @@ def main() -> int:
     def tokens(length: int) -> int:
         return max(args.tokens, length)
 
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    def save() -> None:
+        (args.out / "attention_speed.json").write_text(json.dumps(rows, indent=1) + "\n")
+
     rows = dense_rows(lengths, tokens, args.repeats, dtype, args.peers)
     if args.peers:
         rows += nsa_rows(lengths, tokens, args.repeats, dtype)
@@ -401,13 +406,13 @@ def main() -> int:
                 compiled = torch.compile(module, fullgraph=True)
                 found = measure(compiled, x, context, args.repeats)
                 rows += [row("coga", name, length, batch, p, *v) for p, v in found.items()]
+                save()
             torch.compiler.reset()
     if args.parts:
         print("parts, forward, uncompiled, at 32,768:")
         with attempt("parts"):
             parts_of(SETTINGS[args.settings.split(",")[0]], 32768, args.tokens, dtype, args.repeats)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "attention_speed.json").write_text(json.dumps(rows, indent=1) + "\n")
+    save()
     table(rows)
     if red:
         print(f"no speed for {', '.join(red)}: the check is red", file=sys.stderr)
