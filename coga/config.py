@@ -146,6 +146,8 @@ class CoGAConfig:
         for name in ("vocab_size", "n_layer", "n_head", "d_model", "max_len"):
             if getattr(self, name) < 1:
                 raise _bad(name, getattr(self, name), "must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise _bad("seed", self.seed, "must be in [0, 2**63)")
         if self.d_model % self.n_head:
             raise _bad("n_head", self.n_head, f"must divide d_model={self.d_model}")
         for name, choices in (

@@ -99,7 +99,7 @@ def unigram_entropy(text: bytes | Array) -> float:
     for first in range(0, array.size, BLOCK):
         count += np.bincount(array[first : first + BLOCK], minlength=256)
     share = count[count > 0] / array.size
-    return float(-(share * np.log2(share)).sum())
+    return float((share * -np.log2(share)).sum()) + 0.0  # no negative zero
 
 
 # --- reading ---------------------------------------------------------------------------------------------

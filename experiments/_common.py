@@ -8,7 +8,7 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +17,7 @@ import torch
 
 __all__ = [
     "FINISHED",
+    "OTHER_FILES",
     "RUN_FILES",
     "StrictParser",
     "choose_device",
@@ -35,6 +36,13 @@ __all__ = [
 
 FINISHED = "report.json"  # written last: a run that has it is complete
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint", "checkpoint.old", FINISHED, "sample.txt")
+OTHER_FILES = (
+    "rows.jsonl",
+    "loss.png",
+    "positions.png",
+    "groups.png",
+    "compare.png",
+)  # plots, another script's
 
 
 class StrictParser(argparse.ArgumentParser):
@@ -115,9 +123,9 @@ def peak_memory(device: torch.device) -> int:
 # --- folders and files -------------------------------------------------------------------------------------
 
 
-def holds_run(folder: Path) -> bool:
-    """Whether a run left anything here."""
-    return any((folder / name).exists() for name in RUN_FILES)
+def holds_run(folder: Path, names: Iterable[str] = RUN_FILES) -> bool:
+    """Whether a run left anything of these names here."""
+    return any((folder / name).exists() for name in names)
 
 
 def make_folder(folder: Path) -> None:

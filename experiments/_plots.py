@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from _common import replace_with
 from _inspect import Caught
+from matplotlib.ticker import MaxNLocator
 
 __all__ = ["plot_groups", "plot_loss", "plot_positions", "plot_runs"]
 
@@ -37,12 +38,13 @@ def _draw_loss(axis: Any, runs: Mapping[str, Sequence[dict[str, Any]]]) -> None:
             axis.axvline(short[-1] + 0.5, color="0.6", lw=1, ls="--")
             axis.annotate(
                 " full length",
-                (short[-1] + 0.5, 1),
+                (short[-1] + 0.5, 0.97),
                 xycoords=("data", "axes fraction"),
                 va="top",
                 color="0.4",
             )
     axis.set(xlabel="optimizer step", ylabel="training loss (bits per byte)", title="Loss")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3)
     if len(runs) > 1:
         axis.legend()

@@ -29,8 +29,8 @@ def _rows(report: dict[str, Any]) -> dict[str, str]:
         "peak memory": _number(report["peak_bytes"] / 2**30, ".2f", " GiB"),
         "training tokens/s at full length": _number(get("tokens_per_second"), ",.0f"),
         "decode state, bytes per token": f"{report['state_bytes_per_token']:,.0f}",
-        "multi-head attention's": f"{report['mha_bytes_per_token']:,.0f}",
-        "multi-head attention's / decode state": f"{report['state_ratio']:.1f}",
+        "multi-head attention, bytes per token": f"{report['mha_bytes_per_token']:,.0f}",
+        "multi-head attention / decode state": f"{report['state_ratio']:.1f}",
         "parameters": f"{report['parameters']:,}",
     }
 

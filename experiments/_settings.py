@@ -212,4 +212,7 @@ def stored(values: Any, given: dict[str, Any]) -> Settings:
         same = all(values[name].get(k) == v for k, v in value.items()) if name == "model" else None
         if same is False or (same is None and values[name] != value):
             raise ValueError(f"{name}={value!r}: the run to resume has {values[name]!r}; leave it out")
-    return check(Settings(**values))
+    try:
+        return check(Settings(**values))
+    except TypeError as error:
+        raise ValueError(f"config.json: a setting has the wrong type ({error})") from error

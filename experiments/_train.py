@@ -168,13 +168,13 @@ class Trainer:
         """Whole lines of metrics.jsonl up to the current step."""
         path = self.folder / "metrics.jsonl"
         found = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:
-                break  # the line that was being written when the run was killed
-            if record["step"] <= self.step:
-                found.append(record)
+                if record["step"] <= self.step:
+                    found.append(record)
+            except (json.JSONDecodeError, TypeError, KeyError):
+                break  # the line that was being written when the run was killed, or one that is damaged
         return found
 
     def _trim_metrics(self) -> None:

@@ -10,15 +10,17 @@ memory = a + b T, is drawn through the two shortest lengths and the others are c
 from __future__ import annotations
 
 import argparse
-import json
+import datetime
 import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from _common import StrictParser, choose_device, environment, fail, make_folder, write_json
 
 from coga import CoGAConfig
+from coga.config import PRESETS
 from coga.models import CoGAGPT
 
 
@@ -42,21 +44,41 @@ def measure(length: int, preset: str, device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", default="4096,8192,16384,32768")
-    parser.add_argument("--preset", default="tiny")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=Path("runs/memory"))
+def checked(argv: list[str] | None) -> tuple[argparse.Namespace, list[int]]:
+    """Arguments and lengths; ValueError (field, value, rule)."""
+    parser = StrictParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--lengths", default="4096,8192,16384,32768", help="three or more, ascending, in tokens"
+    )
+    parser.add_argument("--preset", default="tiny", help=f"{', '.join(PRESETS)} (tiny)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:INDEX (cpu)")
+    parser.add_argument("--out", type=Path, default=Path("runs/memory"), metavar="DIR", help="(runs/memory)")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.one is not None:
-        print(measure(args.one, args.preset, args.device))
-        return 0
-    lengths = [int(x) for x in args.lengths.split(",")]
-    if len(lengths) < 3 or lengths != sorted(set(lengths)):
-        print(f"bench_memory: lengths={args.lengths!r}: must be three or more, ascending", file=sys.stderr)
-        return 2
+    args = parser.parse_args(argv)
+    try:
+        lengths = [int(x) for x in args.lengths.split(",")]
+    except ValueError as error:
+        raise ValueError(f"lengths={args.lengths!r}: must be integers separated by commas") from error
+    if args.preset not in PRESETS:
+        raise ValueError(f"preset={args.preset!r}: must be one of {', '.join(PRESETS)}")
+    limit = CoGAConfig.preset(args.preset).max_len
+    if len(lengths) < 3 or lengths != sorted(set(lengths)) or not 1 <= lengths[0] <= lengths[-1] <= limit:
+        raise ValueError(f"lengths={args.lengths!r}: must be three or more, ascending, from 1 to {limit}")
+    args.device = str(choose_device(args.device))
+    return args, lengths
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        args, lengths = checked(argv)
+        if args.one is not None:
+            print(measure(args.one, args.preset, args.device))
+            return 0
+        if (args.out / "memory.json").exists():
+            raise ValueError(f"out={str(args.out)!r}: already holds memory.json; use another --out")
+        make_folder(args.out)
+    except ValueError as error:
+        return fail(error)
     print(f"preset {args.preset}, device {args.device}, torch {torch.__version__}", flush=True)
     found = {}
     for length in lengths:
@@ -75,9 +97,9 @@ def main() -> int:
             f"{length:8d}{found[length]:10.1f}{line:10.1f}{ratio:8.3f}{found[length] * 1024 / length:11.2f}"
         )
         rows.append({"tokens": length, "mib": round(found[length], 1), "over_linear": round(ratio, 4)})
-    args.out.mkdir(parents=True, exist_ok=True)
-    report = {"preset": args.preset, "device": args.device, "torch": torch.__version__, "rows": rows}
-    (args.out / "memory.json").write_text(json.dumps(report, indent=1) + "\n")
+    where = environment(torch.device(args.device))
+    report = {"preset": args.preset, **where, "date": datetime.date.today().isoformat(), "rows": rows}
+    write_json(args.out / "memory.json", report)
     return 0
 
 

@@ -8,6 +8,7 @@ The groups in the picture are real: a k-means grouping of the latents of an untr
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -15,6 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from _common import fail, replace_with
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from coga import CoGAConfig
@@ -148,11 +150,14 @@ def draw(path: Path) -> None:
         color=INK,
     )
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    replace_with(path, lambda temporary: figure.savefig(temporary, dpi=130))
     print(f"wrote {path}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("docs/mechanism.png"))
-    draw(parser.parse_args().out)
+    out = parser.parse_args().out
+    if not (out.suffix == ".png" and out.parent.is_dir()) or out.is_dir():
+        sys.exit(fail(f"out={str(out)!r}: must be a .png file in an existing folder"))
+    draw(out)

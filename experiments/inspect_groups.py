@@ -84,8 +84,11 @@ def text_size(path: Path) -> int:
 
 def read_text(path: Path, length: int, vocab_size: int) -> bytes:
     """The first bytes of the text; ValueError on one that the model has no token for."""
-    with path.open("rb") as file:
-        text = file.read(length)
+    try:
+        with path.open("rb") as file:
+            text = file.read(length)
+    except OSError as error:
+        raise ValueError(f"text={str(path)!r}: cannot be read ({error.strerror})") from error
     values = np.frombuffer(text, dtype=np.uint8)
     if int(values.max()) >= vocab_size:
         at = int((values >= vocab_size).argmax())

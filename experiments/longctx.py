@@ -25,6 +25,8 @@ from typing import Any
 import _report
 from _common import (
     FINISHED,
+    OTHER_FILES,
+    RUN_FILES,
     choose_device,
     environment,
     fail,
@@ -62,13 +64,15 @@ def _prepare(argv: list[str] | None) -> tuple[Settings, Any, Path, bool]:
         folder = Path(rest.out or f"runs/longctx-{settings.n}-{settings.preset}-{settings.seed}")
     if not rest.resume:
         assert settings is not None
-        if holds_run(folder):
-            raise ValueError(f"out={str(folder)!r}: already holds a run; use --resume or another --out")
+        for place in (folder, *(folder / arm for arm in settings.compare)):
+            if holds_run(place, (*RUN_FILES, *OTHER_FILES)):
+                raise ValueError(f"out={str(place)!r}: already holds a run; use --resume or another --out")
         return settings, rest, folder, False
     if not (folder / "config.json").exists():
-        if holds_run(folder):
-            raise ValueError(f"out={str(folder)!r}: holds parts of a run but no config.json")
         assert settings is not None
+        for place in (folder, *(folder / arm for arm in settings.compare)):
+            if holds_run(place, (*RUN_FILES, *OTHER_FILES)):
+                raise ValueError(f"out={str(place)!r}: holds parts of a run; its folder has no config.json")
         return settings, rest, folder, False  # killed before it wrote anything: start
     content = read_json(folder / "config.json")
     settings = stored(content.get("settings") if isinstance(content, dict) else None, given)
@@ -142,6 +146,8 @@ def _train(settings: Settings, corpus: Corpus, folder: Path, rest: Any, resume: 
     if resume and (folder / FINISHED).exists():
         print(f"{folder}: already finished")
         return read_json(folder / FINISHED)
+    if not resume and holds_run(folder):
+        raise ValueError(f"out={str(folder)!r}: already holds a run; use --resume or another --out")
     trainer = Trainer(settings, corpus, device, folder, rest.save_every)
     if trainer.step:
         print(f"going on after step {trainer.step} of {settings.total}", flush=True)

@@ -42,7 +42,7 @@ def save_pretrained(model: CoGAGPT, folder: str | Path) -> None:
         raise ValueError(f"folder={str(folder)!r}: cannot be created ({error})") from error
     tensors = {name: x.detach().contiguous() for name, x in model.state_dict().items()}
     replace_file(folder / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt"}))
-    replace_file(folder / CONFIG, lambda path: path.write_text(model.config.to_json()))
+    replace_file(folder / CONFIG, lambda path: path.write_text(model.config.to_json(), encoding="utf-8"))
 
 
 def load_pretrained(cls: type[CoGAGPT], folder: str | Path) -> CoGAGPT:
@@ -50,7 +50,10 @@ def load_pretrained(cls: type[CoGAGPT], folder: str | Path) -> CoGAGPT:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise ValueError(f"folder={str(folder)!r}: holds no {name}")
-    config = CoGAConfig.from_json((folder / CONFIG).read_text())
+    try:
+        config = CoGAConfig.from_json((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # what is no UTF-8 is a ValueError too
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
     try:
         tensors = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:

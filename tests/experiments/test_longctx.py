@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -292,6 +293,7 @@ BAD = {
     "flag": (["--colour"], "--colour"),
     "vocabulary": (["--set", "vocab_size=100"], "vocab_size=100"),
     "seed": (["--seed", "-1"], "seed=-1"),
+    "seed-large": (["--seed", str(2**63)], "seed=9223372036854775808"),
 }
 
 
@@ -301,6 +303,38 @@ def test_bad_input_is_one_line_and_writes_nothing(name, text, tmp_path, refused,
     arguments, expected = BAD[name]
     assert expected in refused([*TINY, "--data", text, *arguments])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_comparison_never_adopts_a_run_that_is_there(unbroken, text, tmp_path, refused):
+    """An arm's folder that holds a run, whatever its settings, ends the command before anything is written."""
+    shutil.copytree(unbroken, tmp_path / "near")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    arguments = [*TINY, "--data", text, "--out", str(tmp_path), "--compare", "near,gumbel"]
+    assert "already holds a run" in refused(arguments)
+    assert "parts of a run" in refused([*arguments, "--resume"])
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "positions.png"])
+def test_a_folder_of_another_script_is_left_alone(name, text, tmp_path, refused):
+    (tmp_path / name).write_text("theirs")
+    assert "already holds" in refused([*TINY, "--data", text, "--out", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(("file", "content"), [
+    ("config.json", lambda text: text.replace('"steps": 3', '"steps": "x"')),
+    ("metrics.jsonl", lambda text: "[1]\n" + text),
+    ("checkpoint/config.json", lambda text: "{"),
+])  # fmt: skip
+def test_damaged_files_are_one_line_that_names_them(file, content, unbroken, tmp_path, refused):
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken, folder)
+    (folder / "report.json").unlink()
+    damaged = content((folder / file).read_text())
+    (folder / file).write_text(damaged)
+    assert file in refused(["--resume", "--out", str(folder)])
+    assert (folder / file).read_text() == damaged
 
 
 def test_an_empty_file(tmp_path, refused):
