@@ -306,7 +306,7 @@ def test_bad_input_is_one_line_and_writes_nothing(name, text, tmp_path, refused,
 
 
 def test_a_comparison_never_adopts_a_run_that_is_there(unbroken, text, tmp_path, refused):
-    """An arm's folder that holds a run, whatever its settings, ends the command before anything is written."""
+    """An arm's folder that holds a run, whatever its settings, ends the command; nothing is written."""
     shutil.copytree(unbroken, tmp_path / "near")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     arguments = [*TINY, "--data", text, "--out", str(tmp_path), "--compare", "near,gumbel"]
