@@ -14,6 +14,7 @@ NAMED_LAYERS = ("near", "full", "mha")
 GROUPINGS = ("gumbel", "contiguous", "kmeans", "random")
 BACKENDS = ("auto", "reference", "triton")
 MLPS = ("relu2", "swiglu")
+LARGEST_SCORE = 1e4
 
 
 def _bad(field: str, value: object, rule: str) -> ValueError:
@@ -168,6 +169,11 @@ class CoGAConfig:
         for name in ("noise", "hysteresis", "coherence_weight", "revive", "entropy_weight"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise _bad(name, getattr(self, name), "must be a finite number, at least 0")
+        for name in ("beta", "noise", "hysteresis"):  # scores are ranked as integers of a fixed step
+            if getattr(self, name) > LARGEST_SCORE:
+                raise _bad(name, getattr(self, name), f"must be at most {LARGEST_SCORE:g}")
+        if self.hysteresis > 0 and not self.slow_prototypes:
+            raise _bad("hysteresis", self.hysteresis, "needs slow_prototypes, whose choice it keeps")
         for name in ("refine_steps", "kmeans_steps", "tau_steps", "alpha_warmup", "band"):
             if getattr(self, name) < 0:
                 raise _bad(name, getattr(self, name), "must be at least 0")
@@ -206,7 +212,10 @@ class CoGAConfig:
                 if not ok:
                     raise _bad(field.name, value, f"must be {kinds}")
             if base == "float":  # an integer is welcome, and becomes what the tensors need
-                value = tuple(map(float, value)) if isinstance(value, tuple) else float(value)
+                try:
+                    value = tuple(map(float, value)) if isinstance(value, tuple) else float(value)
+                except OverflowError as error:
+                    raise _bad(field.name, "an integer", "is too large for a float") from error
                 object.__setattr__(self, field.name, value)
             if isinstance(value, tuple) and len(value) != self.n_layer:
                 raise _bad(field.name, value, f"must hold n_layer={self.n_layer} values, one a layer")
@@ -282,15 +291,19 @@ class CoGAConfig:
 
     @classmethod
     def from_json(cls, text: str) -> CoGAConfig:
-        """Read `to_json` back; ValueError when it is not a CoGA configuration."""
+        """Read `to_json` back; ValueError when it is not a whole CoGA configuration."""
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"config.json: not valid JSON ({error})") from error
         if not isinstance(values, dict):
             raise _bad("config.json", type(values).__name__, "must hold an object")
         cls._known(values)
-        return cls(**values)
+        config = cls(**values)
+        missing = [field.name for field in dataclasses.fields(cls) if field.name not in values]
+        if missing:  # a default in place of what the weights were trained with would be silently wrong
+            raise _bad("config.json", ", ".join(missing), "must not be missing")
+        return config
 
 
 PRESETS: dict[str, dict[str, Any]] = {

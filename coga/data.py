@@ -147,7 +147,9 @@ def _validation_names(documents: list[tuple[str, bytes]], least: int) -> set[str
     """
     total = sum(len(text) for _, text in documents)
     goal = max(VALIDATION * total, least)
-    order = sorted(documents, key=lambda one: hashlib.sha256(one[0].encode()).digest())
+    order = sorted(
+        documents, key=lambda one: hashlib.sha256(one[0].encode(errors="surrogateescape")).digest()
+    )
     chosen: set[str] = set()
     size = 0
     for name, text in order:

@@ -32,6 +32,9 @@ class GroupingStats:
 class Grouping:
     """Groups of the N closed windows of each row (N*W tokens from position 0).
 
+    Positions count from the row's first real token. In a padded batch every row has the windows of the
+    longest one; those beyond a row's real tokens hold padding and are never read.
+
     index_BNW    int64, group of each token within its window, 0..G-1
     weight_BNWG  straight-through weights: exactly one-hot forward, gradient of the soft assignment
     order_BS     int64 (S = N*W), token positions in slot order: by window, group, then position

@@ -40,7 +40,7 @@ def real_groups() -> tuple[torch.Tensor, torch.Tensor]:
     grouping = out.grouping[0]
     attention = model.blocks[0].attention
     x = model.blocks[0].attention_norm(model.embedding(text))
-    context = model.call_context(torch.arange(T), None, 0)
+    context = model.call_context(torch.arange(T), None, 0, training=False)
     table = context.tables[attention.projections.rotary]
     q = attention.projections.queries(x, table)
     latent = attention.projections.latents(x, table)

@@ -34,6 +34,10 @@ from coga.grouping.noise import gumbel
 from coga.kernels.dispatch import assign
 from coga.types import Grouping, GroupingStats
 
+# A latent has norm sqrt(C), a centroid that some token prefers has norm 1 or more before it is normalised.
+# Near zero, where the direction means nothing, these bound the gradient (1 / EPS).
+CONTENT_EPS, CENTROID_EPS = 0.1, 1e-6
+
 __all__ = ["GumbelGrouping", "soft_assignment", "temperature"]
 
 
@@ -57,7 +61,7 @@ def soft_assignment(
             centroid = prototype + (centroid - prototype).detach()
         logits = beta * (unit_BNWC @ centroid.transpose(-1, -2))
         total = logits.softmax(-1).transpose(-1, -2) @ unit_BNWC
-        centroid = normalize(total, dim=-1)
+        centroid = normalize(total, dim=-1, eps=CENTROID_EPS)
         if through == "last" and step < steps - 1:
             centroid = centroid.detach()
     return beta * (unit_BNWC @ centroid.transpose(-1, -2)), centroid
@@ -89,7 +93,7 @@ class GumbelGrouping(BaseGrouping):
         cfg = self.config
         content = content_BNWC if content_BNWC.dtype == torch.float64 else content_BNWC.float()
         batch, windows, width, _ = content.shape
-        unit = normalize(content, dim=-1)
+        unit = normalize(content, dim=-1, eps=CONTENT_EPS)
         live, _ = self.logits(unit, self.prototypes_GC)
         choice = live.detach()
         if cfg.slow_prototypes:
@@ -142,14 +146,17 @@ class GumbelGrouping(BaseGrouping):
     def update(self, stats: GroupingStats | None, step: int) -> None:
         """Unit prototypes, their slow average, revival of unused ones, freezing."""
         cfg = self.config
+        if self.prototypes_GC.requires_grad:
+            self.prototypes_GC.copy_(normalize(self.prototypes_GC, dim=-1))
         if cfg.freeze_step is not None and step >= cfg.freeze_step:
             self.prototypes_GC.requires_grad_(False)
             self.prototypes_GC.grad = None
             return
-        self.prototypes_GC.copy_(normalize(self.prototypes_GC, dim=-1))
         if stats is not None and cfg.revive > 0:
-            self.use_G.mul_(cfg.slow_decay).add_(stats.usage_G.to(self.use_G), alpha=1 - cfg.slow_decay)
-            dead = self.use_G < cfg.revive / self.groups
+            usage = stats.usage_G.to(self.use_G)
+            seen = usage.sum() > 0  # else no window was whole: nothing was learned about use
+            self.use_G.copy_(torch.where(seen, self.use_G.lerp(usage, 1 - cfg.slow_decay), self.use_G))
+            dead = seen & (self.use_G < cfg.revive / self.groups)
             fresh = stats.candidate_GC.to(self.prototypes_GC)
             self.prototypes_GC.copy_(torch.where(dead[:, None], fresh, self.prototypes_GC))
             self.slow_GC.copy_(torch.where(dead[:, None], fresh, self.slow_GC))

@@ -72,6 +72,10 @@ class Alignment:
         if not torch.compiler.is_compiling():
             place = torch.arange(real.shape[1], device=real.device)
             span = (place >= shift[:, None]) & (place < (shift + length)[:, None])
+            if not bool(((mask_BT == 0) | (mask_BT == 1)).all()):
+                raise ValueError(
+                    "attention_mask: must hold 1 for real tokens and 0 for padding, nothing else"
+                )
             if not bool((span == real).all()) or not bool((length > 0).all()):
                 raise ValueError(
                     "attention_mask: each row must be one unbroken run of at least one real token "

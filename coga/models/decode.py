@@ -84,9 +84,7 @@ class _Piece:
         else:
             self.count_B = torch.tensor(count, device=device)
         self.position_Bt = state.length_B[:, None] + torch.arange(width, device=device)
-        training, model.training = model.training, False
-        self.context: CallContext = model.call_context(self.position_Bt, None, 0)
-        model.training = training
+        self.context: CallContext = model.call_context(self.position_Bt, None, 0, training=False)
 
     def attention(self, module, x_BtD: Tensor, layer: LayerState) -> Tensor:
         if isinstance(module, MultiHeadAttention):
@@ -286,6 +284,8 @@ def step(
     rows, width = tokens_BT.shape
     if rows != len(state.lengths):
         raise ValueError(f"tokens={rows} rows: the state was made for batch_size={len(state.lengths)}")
+    if state.config.replace(backend=model.config.backend) != model.config:
+        raise ValueError("state: was made by a model of another configuration; use this model's new_state")
     align, counts = None, [width] * rows
     if attention_mask is not None:
         align = Alignment.of(attention_mask, tokens_BT)
@@ -356,8 +356,10 @@ def sample(
     """One token a row, (B, 1)."""
     if temperature == 0:
         return logits_BV.argmax(-1, keepdim=True)
-    logits = wide(logits_BV) / temperature
+    logits = wide(logits_BV)
+    # The largest is 0 before it is divided: no temperature, however small, makes it overflow.
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(logits.dtype).tiny)
     if top_k is not None and top_k < logits.shape[-1]:
-        lowest = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < lowest, -torch.inf)
+        best = logits.topk(top_k, dim=-1)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, best.indices, best.values)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)

@@ -36,7 +36,7 @@ def entropy_shortfall(
 ) -> Tensor:
     """Scalar in [0, 1]; differentiable. Memory: 64 x T x H scores."""
     length = q_BTHL.shape[1]
-    stride = max(1, length // QUERIES)
+    stride = -(-length // QUERIES)
     position = torch.arange(stride - 1, length, stride, device=q_BTHL.device)
     q, latent = wide(q_BTHL), wide(latent_BTL)
     members = None

@@ -119,9 +119,12 @@ class CoGAGPT(nn.Module):
         self._compiled = [torch.compile(block, **options) for block in self.stack]
 
     def call_context(
-        self, position: Tensor, length_B: Tensor | None, noise_step: Tensor | int
+        self, position: Tensor, length_B: Tensor | None, noise_step: Tensor | int, training: bool
     ) -> CallContext:
         widths = {block.attention.rotary for block in self.stack}
+        if not isinstance(noise_step, Tensor):
+            # A number would be a constant of a compiled block, and every step a compilation of its own.
+            noise_step = torch.full((), noise_step, dtype=torch.int64, device=position.device)
         return CallContext.of(
             position,
             widths,
@@ -130,7 +133,7 @@ class CoGAGPT(nn.Module):
             length_B=length_B,
             noise_step=noise_step,
             step=self.step_count,
-            training=self.training,
+            training=training,
             backend=self.config.backend,
         )
 
@@ -140,6 +143,8 @@ class CoGAGPT(nn.Module):
             raise ValueError(
                 f"tokens={tuple(tokens_BT.shape)} {tokens_BT.dtype}: must be a (batch, tokens) integer tensor"
             )
+        if tokens_BT.shape[0] < 1:
+            raise ValueError(f"tokens={tuple(tokens_BT.shape)}: must hold at least one row")
         if not 1 <= tokens_BT.shape[1] <= self.config.max_len:
             raise ValueError(
                 f"tokens={tokens_BT.shape[1]} a row: must be between 1 and max_len={self.config.max_len}"
@@ -169,7 +174,7 @@ class CoGAGPT(nn.Module):
 
         targets         (B, T), already shifted: targets[t] is the token after tokens[t]; -100 is ignored
         attention_mask  (B, T), 1 for real tokens; each row padded on the left or on the right
-        noise_step      step of the Gumbel noise in training; pass a tensor under torch.compile
+        noise_step      step of the Gumbel noise in training; a tensor under torch.compile of the whole model
         return_logits   None: logits only when there are no targets
         Windows are counted from each row's first real token. Raises ValueError on bad tokens or masks.
         """
@@ -179,6 +184,9 @@ class CoGAGPT(nn.Module):
                 f"targets={tuple(targets.shape)}: must have the shape of tokens, {tuple(tokens_BT.shape)}"
             )
         if targets is not None:
+            if targets.dtype not in (torch.int64, torch.int32):
+                raise ValueError(f"targets={targets.dtype}: must be integers")
+            targets = targets.long()
             self._check_range("targets", targets, ignore=IGNORE)
         align = None
         if attention_mask is not None:
@@ -186,7 +194,8 @@ class CoGAGPT(nn.Module):
             tokens_BT = align.enter(tokens_BT)
         length = tokens_BT.shape[1]
         position = torch.arange(length, device=tokens_BT.device)
-        context = self.call_context(position, None if align is None else align.length_B, noise_step)
+        lengths = None if align is None else align.length_B
+        context = self.call_context(position, lengths, noise_step, self.training)
         x = self.embedding(tokens_BT)
         outputs = []
         for block in self._compiled if self._compiled and self.training else self.stack:
@@ -235,10 +244,10 @@ class CoGAGPT(nn.Module):
     def _freeze_if_due(self) -> None:
         """A loaded model past its freeze step keeps its prototypes still from the first step on."""
         limit = self.config.freeze_step
-        if limit is not None and int(self.step_count) > limit:
+        if limit is not None:
             for module in self.modules():
                 if isinstance(module, GumbelGrouping):
-                    module.prototypes_GC.requires_grad_(False)
+                    module.prototypes_GC.requires_grad_(int(self.step_count) <= limit)
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
         found = super().load_state_dict(state_dict, strict=strict, assign=assign)
@@ -250,7 +259,7 @@ class CoGAGPT(nn.Module):
 
         Names are shared between patterns. What is missing is freshly initialised, except that a missing far
         bias starts at 0, so that a dense model is read through groups as it is; what is missing or unused is
-        reported as a UserWarning.
+        reported as a UserWarning. With fresh prototypes the schedules of the groups start anew.
         """
         other = CoGAGPT(self.config.replace(layers=layers, **changes))
         other = other.to(self.embedding.weight.device, self.embedding.weight.dtype)
@@ -259,8 +268,11 @@ class CoGAGPT(nn.Module):
         missing = sorted(theirs.keys() - fits.keys())
         unused = sorted(mine.keys() - fits.keys())
         fresh = {k: torch.zeros_like(theirs[k]) for k in missing if k.endswith("far_bias_H")}
+        if any(k.endswith("prototypes_GC") for k in missing):
+            fits["step_count"] = torch.zeros_like(self.step_count)
         other.load_state_dict({**theirs, **fresh, **{k: v.clone() for k, v in fits.items()}})
         other.train(self.training)
+        other.set_activation_checkpointing(self.activation_checkpointing)
         if missing or unused:
             warnings.warn(
                 f"with_layers({layers!r}): freshly initialised: {missing or 'nothing'}; "

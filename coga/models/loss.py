@@ -29,6 +29,7 @@ def _torch_has_it(x: Tensor, weight: Tensor) -> bool:
     return (
         hasattr(functional, "linear_cross_entropy")
         and x.dtype == weight.dtype
+        and x.dtype in (torch.float32, torch.float64)  # it sums in the dtype of its inputs
         and not torch.is_autocast_enabled(x.device.type)
         and not torch.compiler.is_compiling()
     )

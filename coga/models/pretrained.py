@@ -41,8 +41,11 @@ def save_pretrained(model: CoGAGPT, folder: str | Path) -> None:
     except OSError as error:
         raise ValueError(f"folder={str(folder)!r}: cannot be created ({error})") from error
     tensors = {name: x.detach().contiguous() for name, x in model.state_dict().items()}
-    replace_file(folder / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt"}))
-    replace_file(folder / CONFIG, lambda path: path.write_text(model.config.to_json(), encoding="utf-8"))
+    try:
+        replace_file(folder / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt"}))
+        replace_file(folder / CONFIG, lambda path: path.write_text(model.config.to_json(), encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"folder={str(folder)!r}: cannot be written to ({error})") from error
 
 
 def load_pretrained(cls: type[CoGAGPT], folder: str | Path) -> CoGAGPT:

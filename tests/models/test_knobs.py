@@ -127,13 +127,12 @@ GRADIENTS = pairwise(
         grouping=GROUPINGS,
         open_groups=(0, 1),
         refine_groups=(True, False),
-        slow_prototypes=(True, False),
+        chooser=("slow", "live", "hysteresis"),
         refine_steps=(0, 1, 3),
         refine_gradient=("last", "all"),
         mlp=("relu2", "swiglu"),
         tie_embeddings=(True, False),
         capacity_factor=(1.0, 1.5),
-        hysteresis=(0.0, 0.5),
         entropy_weight=(0.0, 0.1),
         checkpointing=(False, True),
     )
@@ -144,7 +143,8 @@ GRADIENTS = pairwise(
 def test_every_parameter_gets_a_gradient(number):
     """T > 3W and K < groups, after every zero is perturbed; finite, and neither lost nor blown up."""
     case = dict(GRADIENTS[number])
-    on = case.pop("checkpointing")
+    on, chooser = case.pop("checkpointing"), case.pop("chooser")
+    case |= dict(slow_prototypes=chooser != "live", hysteresis=0.5 * (chooser == "hysteresis"))
     model = perturb(CoGAGPT(small_config(**case)).double(), number).train()
     model.set_activation_checkpointing(on)
     data = real_bytes(2, 4 * W + 6, number)
