@@ -151,6 +151,8 @@ def test_every_parameter_gets_a_gradient(number):
     model(data[:, :-1], targets=data[:, 1:], noise_step=number).total_loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
+        if name.endswith("prototypes_GC") and len(parameter) == 1:
+            continue  # the only group of its window is chosen whatever the prototype
         size = parameter.grad.norm() / parameter.numel() ** 0.5
         assert size.isfinite() and 1e-9 < size < 1e3, (name, float(size))
 
