@@ -67,6 +67,21 @@ def _write(store: Tensor, chunk: Tensor, length_B: Tensor, count_B: Tensor) -> N
     store.copy_(torch.where(view, taken.to(store.dtype), store))
 
 
+def _earlier_raw(layer: LayerState, row: Tensor, groups: int) -> Tensor:
+    """Raw latents of the first groups of some rows: stored, or the means of their members."""
+    raw = layer.get("raw")
+    if raw is not None:
+        return raw[row, :groups]
+    size, slot = layer["size"][row, :groups].long(), layer["slot"][row]
+    offset = size.cumsum(-1) - size
+    place = torch.arange(layer.layer.slots, device=slot.device)
+    inside = place < size[..., None]
+    index = torch.where(inside, offset[..., None] + place, 0)
+    member = wide(_take(slot, index.flatten(1))).view(*index.shape, slot.shape[-1])
+    total = torch.where(inside[..., None], member, 0).sum(2)
+    return (total / size.clamp_min(1)[..., None]).to(slot.dtype)
+
+
 class _Piece:
     """One piece of a chunk on its way through the layers.
 
@@ -195,7 +210,8 @@ class _Piece:
             )
             raw = pool(latent, grouping)
         span = slice(window * groups, (window + 1) * groups)
-        layer["raw"][row, span] = raw.to(layer["raw"].dtype)
+        if "raw" in layer.tensors:
+            layer["raw"][row, span] = raw.to(layer["raw"].dtype)
         layer["size"][row, span] = grouping.size_BM.int()
         if "slot" in layer.tensors:
             members = latent.gather(1, grouping.order_BS[..., None].expand_as(latent))
@@ -208,8 +224,7 @@ class _Piece:
             state = pool(_take(hidden, position - (length - old.shape[1])), grouping)
         end = torch.full((groups,), (window + 1) * width - 1, device=x.device)
         table = context.table_at(end, module.projections.rotary)
-        known = layer["raw"][row, : span.stop].to(raw.dtype)
-        known = torch.cat([known[:, : span.start], raw], 1)
+        known = torch.cat([_earlier_raw(layer, row, span.start).to(raw.dtype), raw], 1)
         sizes = log_size(layer["size"][row, : span.stop], known.dtype)
         previous = layer.get("group_query")
         earlier = None if previous is None or window == 0 else previous[row].to(x.dtype)
@@ -225,12 +240,10 @@ class _Piece:
         longest = max(n + c for n, c in zip(self.state.lengths, self.counts, strict=True))
         read = max(0, (longest - 1) // config.window - 1) * config.groups
         if self.static:
-            read = layer["raw"].shape[1]
+            read = layer["size"].shape[1]
         if read == 0:
             return None
-        group = layer.get("refined") if module.group_level is not None else layer["raw"]
-        assert group is not None
-        group = group[:, :read].to(q.dtype)
+        group = layer["refined" if module.group_level is not None else "raw"][:, :read].to(q.dtype)
         size = layer["size"][:, :read].long()
         sizes = log_size(size, group.dtype)
         opened = None

@@ -2,9 +2,10 @@
 
     near    latents of the open and the previous window (a ring of 2W), content queries inside the band
     full    latents of all tokens, content queries inside the band
-    group   near, and: hidden states of the open window (if groups refine), raw and refined latents and sizes
-            of closed groups, content queries of the last window's groups (if they are reciprocal), and with
-            K > 0 the latents of all tokens of closed windows in slot order
+    group   near, and: latents and sizes of closed groups; if groups refine, their refined latents and hidden
+            states of the open window, and content queries of the last window's groups (if they are
+            reciprocal); with K > 0 the latents of all tokens of closed windows in slot order. With K > 0 and
+            refinement the raw latents are left out: they are the means of their members, which are there
     mha     keys and values of all tokens
 
 Legend: B rows, L = C + P latent width, W window, G groups in a window, M groups, S slots (closed tokens).
@@ -54,12 +55,14 @@ def _shapes(config: CoGAConfig, layer: LayerConfig, batch: int, length: int) -> 
     if layer.kind != "group":
         return shapes
     windows = length // layer.window
-    shapes["raw"] = (batch, windows * layer.groups, width)
+    latents = (batch, windows * layer.groups, width)
+    if not (config.refine_groups and layer.open_groups > 0):
+        shapes["raw"] = latents
     shapes["size"] = (batch, windows * layer.groups)
     if layer.open_groups > 0:
         shapes["slot"] = (batch, windows * layer.window, width)
     if config.refine_groups:
-        shapes["refined"] = shapes["raw"]
+        shapes["refined"] = latents
         shapes["hidden"] = (batch, layer.window, config.d_model)
         if config.reciprocal_groups:
             shapes["group_query"] = (batch, layer.groups, heads, layer.latent_dim)
@@ -134,7 +137,8 @@ def state_bytes_formula(config: CoGAConfig, length: int, batch: int = 1, element
     """Bytes a layer that a state for `length` tokens holds; sizes are int32, everything else `element_size`.
 
     For a group layer with L = C + P, per row:
-    2W L + band H C + [W D + 2 (T/R) L + G H C if refining, else (T/R) L] + T L (if K > 0), plus T/R sizes.
+    2W L + band H C + (T/R) L + [W D + G H C if refining, and (T/R) L once more if K = 0] + T L (if K > 0),
+    plus T/R sizes.
     """
     found = []
     for i in range(config.n_layer):

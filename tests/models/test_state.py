@@ -44,7 +44,7 @@ def test_the_formula_written_out():
     config = small_config(n_layer=4, layers="near full mha 4", open_groups=2)
     latent, band = 10, 7 * 3 * 6
     near = 32 * latent + band
-    group = near + 12 * 2 * latent + 48 * latent + 16 * 15 + 4 * 3 * 6
+    group = near + 12 * latent + 48 * latent + 16 * 15 + 4 * 3 * 6
     sizes = 12 * 4
     want = [near * 8, (50 * latent + band) * 8, 50 * 2 * 15 * 8, group * 8 + sizes]
     assert state_bytes_formula(config, 50, element_size=8) == want
@@ -55,8 +55,9 @@ GPT2 = dict(latent_dim=128, rope_dim=32, backend="reference")
 LENGTH = 32768
 
 
-def test_at_32k_a_layer_that_opens_groups_is_8_times_smaller_than_multi_head_attention():
-    config = CoGAConfig.preset("gpt2", layers="32", **GPT2)
+@pytest.mark.parametrize("layers", ["16", "32", "64", "near 16 32 64"])
+def test_at_32k_a_layer_that_opens_groups_is_8_times_smaller_than_multi_head_attention(layers):
+    config = CoGAConfig.preset("gpt2", layers=layers, **GPT2)
     dense = mha_bytes(config, LENGTH)
     assert all(layer * 8 <= dense for layer in state_bytes_formula(config, LENGTH))
 
