@@ -147,7 +147,7 @@ def plot_table(path: Path, rows: Sequence[dict[str, Any]], window: int) -> None:
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("nats per byte, second half of the context")
     axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.01, 1))
-    figure.suptitle(f"A dense model read through groups, untrained (W={window})", y=1.02)
+    figure.suptitle(f"A dense model read through groups, without training (W={window})", y=1.02)
     _save(figure, path)
 
 

@@ -55,13 +55,13 @@ def end(process: subprocess.Popen, seconds: float) -> int:
     return 124
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = StrictParser(description=__doc__.splitlines()[0], formatter_class=argparse.HelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0, help="all in all (9)")
     parser.add_argument("--workers", type=int, default=4, help="processes of pytest, with pytest-xdist (4)")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="DIR")
     try:
-        args = parser.parse_args()
+        args = parser.parse_args(argv)
         if not 0 < args.minutes < float("inf"):
             raise ValueError(f"minutes={args.minutes}: must be a finite number above 0")
         if not torch.cuda.is_available():
