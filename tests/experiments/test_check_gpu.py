@@ -34,7 +34,7 @@ def test_steps_run_in_order_and_an_endless_one_is_interrupted(failing, tmp_path,
     monkeypatch.setattr(check_gpu, "WARM", [warm])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    assert check_gpu.main(["--minutes", "0.2", "--out", str(tmp_path / "run")]) == int(failing)
+    assert check_gpu.main(["--minutes", "0.4", "--out", str(tmp_path / "run")]) == int(failing)
     said = capsys.readouterr().out
     assert said.index("short") < said.index("timed") < said.index("endless")
     assert ("told" in said and "FAILED (124)" in said) == failing
