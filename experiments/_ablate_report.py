@@ -10,13 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
-from _common import replace_with, write_text
+from _common import write_text
+from _plots import plt, save
 from _rows import mean_spread
 from rich.console import Console
 from rich.table import Table
@@ -162,11 +158,6 @@ def _colours(count: int) -> list[Any]:
     return [table(i % table.N) for i in range(count)]
 
 
-def _save(figure: Any, path: Path) -> None:
-    replace_with(path, lambda temporary: figure.savefig(temporary, dpi=130, bbox_inches="tight"))
-    plt.close(figure)
-
-
 def _legend(axis: Any) -> None:
     axis.grid(alpha=0.3)
     axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8)  # beside the curves, not on them
@@ -203,7 +194,7 @@ def _draw_positions(path: Path, arms: Arms, reference: str) -> None:
         axis.set_xlim(0, edges[-1])
         _legend(axis)
     axes[-1, 0].set_xlabel("position in the context")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _draw_curves(path: Path, arms: Arms, curve: str, **labels: str) -> None:
@@ -221,7 +212,7 @@ def _draw_curves(path: Path, arms: Arms, curve: str, **labels: str) -> None:
     axis.set(xlabel="optimizer step", **labels)
     if axis.lines:
         _legend(axis)
-        _save(figure, path)
+        save(figure, path)
     plt.close(figure)
 
 

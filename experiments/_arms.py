@@ -21,7 +21,7 @@ from _settings import ARMS, override
 from coga import CoGAConfig
 from coga.models import CoGAGPT
 
-__all__ = ["Arm", "field_value", "parse_arms", "parse_integers"]
+__all__ = ["Arm", "field_value", "parse_arms", "parse_integers", "slug"]
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,10 @@ class Arm:
             model.load_state_dict({**own, **fits})
         return model
 
-    @property
-    def slug(self) -> str:
-        """The text as a file name."""
-        return re.sub(r"[^A-Za-z0-9._=-]+", "_", self.text).strip("_")
+
+def slug(text: str) -> str:
+    """An arm's text as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9._=-]+", "_", text).strip("_")
 
 
 def _split(text: str) -> list[str]:

@@ -24,6 +24,7 @@ __all__ = [
     "environment",
     "fail",
     "holds_run",
+    "machine_line",
     "make_folder",
     "peak_memory",
     "precision",
@@ -36,13 +37,7 @@ __all__ = [
 
 FINISHED = "report.json"  # written last: a run that has it is complete
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint", "checkpoint.old", FINISHED, "sample.txt")
-OTHER_FILES = (
-    "rows.jsonl",
-    "loss.png",
-    "positions.png",
-    "groups.png",
-    "compare.png",
-)  # plots, another script's
+OTHER_FILES = ("rows.jsonl", "loss.png", "positions.png", "groups.png", "compare.png")  # rows, plots
 
 
 class StrictParser(argparse.ArgumentParser):
@@ -98,6 +93,13 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def machine_line(where: dict[str, Any]) -> str:
+    """What `environment` found, as the first line of a run's output."""
+    return (
+        f"device  {where['device']}, {where['precision']}, torch {where['torch']}, Python {where['python']}"
+    )
 
 
 def reset_peak_memory(device: torch.device) -> None:

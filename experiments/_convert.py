@@ -10,15 +10,14 @@ opinion on them) and the refinement of groups starts as a residual of zero.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from _plots import _save, plt
+from _plots import plt, save
+from _script import read_as
 from torch import Tensor
 
 from coga.config import GROUPINGS, CoGAConfig
@@ -61,16 +60,7 @@ class Reading:
 
     def model(self, model: CoGAGPT, window: int, capacity: float, far_bias: float) -> CoGAGPT:
         """A copy of the model under this reading."""
-        changes = self.changes(window, capacity)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # what is fresh is said above
-            other = model.with_layers(changes.pop("layers"), **changes)
-        with torch.no_grad():
-            for block in other.stack:
-                bias = getattr(block.attention, "far_bias_H", None)
-                if bias is not None:
-                    bias.fill_(far_bias)
-        return other
+        return read_as(model, far_bias=far_bias, **self.changes(window, capacity))
 
 
 def parse_reading(text: str) -> Reading:
@@ -148,7 +138,7 @@ def plot_table(path: Path, rows: Sequence[dict[str, Any]], window: int) -> None:
     axes[0, 0].set_ylabel("nats per byte, second half of the context")
     axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.suptitle(f"A dense model read through groups, without training (W={window})", y=1.02)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_finetune(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -167,4 +157,4 @@ def plot_finetune(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     axis.set(ylabel="nats per byte, second half", title=f"Fine-tuned for {rows[0]['steps']} steps")
     axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     axis.grid(alpha=0.3, axis="y")
-    _save(figure, path)
+    save(figure, path)

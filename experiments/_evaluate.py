@@ -25,11 +25,42 @@ from coga.grouping.metrics import coherence, flip_rate, prototype_use
 from coga.models import CoGAGPT
 from coga.models.state import mha_bytes, state_bytes_formula
 
-__all__ = ["Probe", "decode_bytes", "evaluate", "probe", "probe_tokens", "sample_text", "token_losses"]
+__all__ = [
+    "Probe",
+    "by_position",
+    "decode_bytes",
+    "evaluate",
+    "hidden_losses",
+    "probe",
+    "probe_tokens",
+    "sample_text",
+    "token_losses",
+]
 
 BUCKETS = 16
 PROBE = 4096  # tokens of the fixed probe
 LOGITS_AT_ONCE = 2**24
+
+
+def hidden_losses(model: CoGAGPT, hidden_XD: Tensor, targets_X: Tensor) -> Tensor:
+    """-ln p of each target from the last hidden states, (X,) float64; logits are made a chunk at a time."""
+    rows = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    found = []
+    for x, y in zip(hidden_XD.split(rows), targets_X.split(rows)):
+        with precision(hidden_XD.device):
+            logits = linear(x, model.head_weight)
+        found.append(cross_entropy(logits.float(), y, reduction="none").double())
+    return torch.cat(found)
+
+
+def by_position(bits_T: np.ndarray) -> dict[str, Any]:
+    """Bits per byte overall and in equal buckets of position."""
+    edges = np.unique(np.linspace(0, len(bits_T), BUCKETS + 1).astype(int))
+    return {
+        "bits_per_byte": float(bits_T.mean()),
+        "position_edges": edges.tolist(),
+        "position_bits_per_byte": [float(bits_T[a:b].mean()) for a, b in pairwise(edges)],
+    }
 
 
 @torch.no_grad()
@@ -43,13 +74,7 @@ def token_losses(model: CoGAGPT, tokens_T: Tensor, targets_T: Tensor) -> Tensor:
             model(tokens_T[None], targets=torch.full_like(tokens_T, -100)[None])
     finally:
         hook.remove()
-    rows = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
-    found = []
-    for x, y in zip(hidden[0].split(rows), targets_T.split(rows)):
-        with precision(tokens_T.device):
-            logits = linear(x, model.head_weight)
-        found.append(cross_entropy(logits.float(), y, reduction="none").double().cpu())
-    return torch.cat(found)
+    return hidden_losses(model, hidden[0], targets_T).cpu()
 
 
 def evaluate(model: CoGAGPT, corpus: Corpus, n: int, count: int, device: torch.device) -> dict[str, Any]:
@@ -61,12 +86,7 @@ def evaluate(model: CoGAGPT, corpus: Corpus, n: int, count: int, device: torch.d
     model.train(was_training)
     per_token = corpus.validation.bytes / len(corpus.validation)
     bits_T = torch.stack(rows).mean(0).numpy() / math.log(2) / per_token
-    edges = np.unique(np.linspace(0, n, BUCKETS + 1).astype(int))
-    found: dict[str, Any] = {
-        "bits_per_byte": float(bits_T.mean()),
-        "position_edges": edges.tolist(),
-        "position_bits_per_byte": [float(bits_T[a:b].mean()) for a, b in pairwise(edges)],
-    }
+    found = by_position(bits_T)
     # Of the very bytes that were predicted; with a tokenizer, of the split they come from.
     if corpus.tokenizer is None:
         found["unigram_bits_per_byte"] = unigram_entropy(targets_BT.numpy().astype(np.uint8).ravel())

@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 import torch
 from _common import peak_memory, precision, reset_peak_memory
+from _evaluate import by_position, hidden_losses
 from _inspect import catch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, linear
 from tqdm import tqdm
 
 from coga.grouping.metrics import coherence, flip_rate, prototype_use
@@ -48,9 +48,7 @@ __all__ = [
 ]
 
 Batches = Callable[[int], tuple[Tensor, Tensor]]
-BUCKETS = 16
 FETCHES = 20  # times a run at which the loss is read back
-LOGITS_AT_ONCE = 2**24
 CLIP = 1.0
 GAP = 100  # steps between two probes
 DEAD = 0.01
@@ -198,7 +196,6 @@ def fit(
     optimizer = make_optimizer(model, lr, device)
     if compiled:
         model.compile_blocks()  # models of the same shape share what is compiled
-    noise_step = torch.zeros((), dtype=torch.int64, device=device)
     every, probed = max(1, steps // FETCHES), _probe_steps(steps) if probe_T is not None else set()
     steady = min(steps - 1, max(1, min(20, steps // 4)))
     parameters = list(model.parameters())
@@ -216,14 +213,13 @@ def fit(
                 group["lr"] = rate_at(step, steps, lr, warmup)
             tokens, targets = _to(device, *batches(step))
             with precision(device):
-                out = model(tokens, targets, noise_step=noise_step)
+                out = model(tokens, targets, noise_step=step)
                 total = out.total_loss
             total.backward()
             norms.append(torch.nn.utils.clip_grad_norm_(parameters, CLIP).detach())
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             model.update_groups(out)
-            noise_step += 1
             pending.append(out.loss.detach())
             found.tokens += tokens.numel()
             if (step + 1) % every == 0 or step + 1 == steps:
@@ -267,18 +263,12 @@ def validate(
     hook = model.norm.register_forward_hook(lambda module, inputs, output: hidden.append(output))
     total = torch.zeros(tokens_BT.shape[1], dtype=torch.float64, device=device)
     used: list[Tensor | None] = [None] * model.config.n_layer
-    rows = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     try:
         for x, y in zip(tokens_BT.split(batch), targets_BT.split(batch)):
             with precision(device):
                 out = model(x.to(device), return_logits=False)
-                flat, target = hidden.pop().flatten(0, 1), y.to(device).flatten()
-                # The logits of a whole batch with a large vocabulary would not fit.
-                loss = torch.cat([
-                    cross_entropy(linear(h, model.head_weight).float(), t, reduction="none")
-                    for h, t in zip(flat.split(rows), target.split(rows))
-                ])  # fmt: skip
-            total += loss.view(y.shape).double().sum(0)
+            loss = hidden_losses(model, hidden.pop().flatten(0, 1), y.to(device).flatten())
+            total += loss.view(y.shape).sum(0)
             for i, stats in enumerate(out.stats):
                 if stats is not None:
                     use = stats.usage_G.double() * (len(x) / len(tokens_BT))
@@ -292,14 +282,8 @@ def validate(
 def position_report(loss_T: Tensor, beyond: int) -> dict[str, Any]:
     """Bits per byte overall, in equal buckets of position, and at positions >= `beyond`."""
     bits = loss_T.numpy() / math.log(2)
-    edges = np.unique(np.linspace(0, len(bits), BUCKETS + 1).astype(int))
-    return {
-        "bits_per_byte": float(bits.mean()),
-        "beyond_bits_per_byte": float(bits[beyond:].mean()) if beyond < len(bits) else None,
-        "beyond": beyond,
-        "position_edges": edges.tolist(),
-        "position_bits_per_byte": [float(bits[a:b].mean()) for a, b in pairwise(edges)],
-    }
+    far = float(bits[beyond:].mean()) if beyond < len(bits) else None
+    return by_position(bits) | {"beyond_bits_per_byte": far, "beyond": beyond}
 
 
 def group_metrics(model: CoGAGPT, used: list[Tensor | None], probe_T: Tensor) -> dict[str, Any]:

@@ -19,12 +19,13 @@ from _common import replace_with
 from _inspect import Caught
 from matplotlib.ticker import MaxNLocator
 
-__all__ = ["plot_groups", "plot_loss", "plot_positions", "plot_runs"]
+__all__ = ["plot_groups", "plot_loss", "plot_positions", "plot_runs", "plt", "save"]
 
 PER_ROW = 32  # characters of a window in one line of the group map
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Write a figure whole or not at all, and close it."""
     replace_with(path, lambda temporary: figure.savefig(temporary, dpi=130, bbox_inches="tight"))
     plt.close(figure)
 
@@ -69,14 +70,14 @@ def plot_loss(path: Path, runs: Mapping[str, Sequence[dict[str, Any]]]) -> None:
     """Training loss by step; `runs` maps a name to its lines of metrics.jsonl."""
     figure, axis = plt.subplots(figsize=(7, 4))
     _draw_loss(axis, runs)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_positions(path: Path, reports: Mapping[str, dict[str, Any]]) -> None:
     """Held-out bits per byte by position in the context, beside the unigram entropy."""
     figure, axis = plt.subplots(figsize=(7, 4))
     _draw_positions(axis, reports)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_runs(
@@ -86,7 +87,7 @@ def plot_runs(
     figure, axes = plt.subplots(1, 2, figsize=(13, 4.2))
     _draw_loss(axes[0], runs)
     _draw_positions(axes[1], reports)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _glyph(byte: int) -> str:
@@ -125,4 +126,4 @@ def plot_groups(path: Path, caught: Sequence[Caught], tokens: Sequence[int], win
         axis.set_title(title, fontsize=9)
     figure.suptitle("One held-out window, coloured by group", fontsize=10)
     figure.tight_layout()
-    _save(figure, path)
+    save(figure, path)

@@ -7,17 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _plots import _save, plt
+from _arms import slug
+from _plots import plt, save
 
-__all__ = ["plot_all", "slug"]
+__all__ = ["plot_all"]
 
 KINDS = (("inside", "inside the window"), ("beyond", "beyond the window"),
          ("out_of_reach", "out of reach of local layers"))  # fmt: skip
-
-
-def slug(text: str) -> str:
-    """An arm's name as part of a file name; the same as `Arm.slug`."""
-    return "".join(c if c.isascii() and (c.isalnum() or c in "._=-") else "_" for c in text).strip("_")
 
 
 def _heat(path: Path, row: dict[str, Any]) -> None:
@@ -36,7 +32,7 @@ def _heat(path: Path, row: dict[str, Any]) -> None:
     axis.set(xlabel="length in tokens (the first is the trained one)", ylabel="depth of the needle")
     axis.set_title(f"{row['arm']}: needles found\n(framed: out of reach of local layers)", fontsize=9)
     figure.colorbar(drawn, ax=axis, label="accuracy")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _figure(title: str, panels: int) -> tuple[Any, Any]:
@@ -60,7 +56,7 @@ def _mqar(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         axis.set_xscale("log", base=2)
         axis.set(title=title, xlabel="length in tokens")
     axes[-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1))
-    _save(figure, path)
+    save(figure, path)
 
 
 def _depth(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -73,7 +69,7 @@ def _depth(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         axis.axhline(rows[0]["chance"], color="0.5", ls=":", label="chance")
         axis.set(title=f"{rows[0]['lengths'][place]:,} tokens", xlabel="depth (1: right before the question)")
     axes[-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1))
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_all(folder: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from coga.kernels.reference import attention_parts, gather_members, wide
+from coga.kernels.reference import attention_parts, far_at, wide
 from coga.models import CoGAGPT
 from coga.models.attention import CoGAAttention
 from coga.models.context import CallContext
@@ -116,12 +116,7 @@ def _latent_masses(seen: Seen, position: Tensor) -> Iterator[tuple[Tensor, Tenso
     every = torch.arange(length, device=x.device)
     step = max(1, AT_ONCE // (x.shape[0] * q.shape[2] * length))
     for at in position.split(step):
-        own = members = None
-        if far is not None:
-            slot = None if far.slot_BSL is None else wide(far.slot_BSL)
-            opened = None if far.open_BTK is None else far.open_BTK[:, at]
-            own = replace(far, group_BML=wide(far.group_BML), slot_BSL=slot, open_BTK=opened)
-            members = None if opened is None else gather_members(own, opened)
+        own, members = far_at(far, at)
         parts = attention_parts(
             q[:, at],
             at,

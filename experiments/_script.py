@@ -11,12 +11,22 @@ import argparse
 import hashlib
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from _common import StrictParser, environment, fail, holds_run, make_folder, read_json, write_json
+from _common import (
+    StrictParser,
+    environment,
+    fail,
+    holds_run,
+    machine_line,
+    make_folder,
+    read_json,
+    write_json,
+)
 from _rows import ROWS, clean, read_rows
 from _settings import override
 
@@ -32,6 +42,7 @@ __all__ = [
     "open_folder",
     "parser",
     "positive",
+    "read_as",
     "run_script",
     "show",
 ]
@@ -95,6 +106,18 @@ def load_model(path: Path) -> CoGAGPT:
     return CoGAGPT.from_pretrained(model_folder(path))
 
 
+def read_as(model: CoGAGPT, layers: str, far_bias: float, **changes: Any) -> CoGAGPT:
+    """A copy under another pattern, group summaries with this bias; what is fresh is what groups add."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        other = model.with_layers(layers, **changes)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if name.endswith("far_bias_H"):
+                parameter.fill_(far_bias)
+    return other
+
+
 def file_hash(path: Path) -> str:
     with path.open("rb") as file:
         digest = hashlib.sha256()
@@ -108,10 +131,7 @@ def file_hash(path: Path) -> str:
 
 def show(script: str, settings: dict[str, Any], device: torch.device, out: Path) -> None:
     """The configuration, on stdout."""
-    where = environment(device)
-    print(
-        f"device  {where['device']}, {where['precision']}, torch {where['torch']}, Python {where['python']}"
-    )
+    print(machine_line(environment(device)))
     print(f"config  {script} {json.dumps(settings)}")
     print(f"out     {out}", flush=True)
 

@@ -41,7 +41,7 @@ from _ablate_settings import (
     setting_of,
 )
 from _arms import Arm
-from _common import choose_device, environment, fail, make_folder
+from _common import choose_device, environment, fail, machine_line, make_folder
 from _evaluate import probe_tokens
 from _fit import fit, group_metrics, per_hundred, position_report, validate
 from _flops import flops, training_flops
@@ -133,10 +133,7 @@ def _expected(rows: list[dict[str, Any]], arm: Arm, warm: bool) -> float:
 
 
 def _show(arms: list[Arm], seeds: list[int], setting: Setting, corpus: Corpus, device: Any) -> None:
-    where = environment(device)
-    print(
-        f"device  {where['device']}, {where['precision']}, torch {where['torch']}, Python {where['python']}"
-    )
+    print(machine_line(environment(device)))
     print(f"text    {corpus.describe()}")
     print(f"arms    {len(arms)}: {'  '.join(arm.text for arm in arms)}")
     print(f"seeds   {', '.join(map(str, seeds))}")

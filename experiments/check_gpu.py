@@ -64,6 +64,8 @@ def main(argv: list[str] | None = None) -> int:
         args = parser.parse_args(argv)
         if not 0 < args.minutes < float("inf"):
             raise ValueError(f"minutes={args.minutes}: must be a finite number above 0")
+        if args.workers < 1:
+            raise ValueError(f"workers={args.workers}: must be at least 1")
         if not torch.cuda.is_available():
             raise ValueError("device: needs a CUDA GPU")
         out = args.out.resolve()

@@ -31,6 +31,7 @@ from _common import (
     environment,
     fail,
     holds_run,
+    machine_line,
     make_folder,
     peak_memory,
     read_json,
@@ -62,18 +63,16 @@ def _prepare(argv: list[str] | None) -> tuple[Settings, Any, Path, bool]:
     else:
         settings = complete(given)
         folder = Path(rest.out or f"runs/longctx-{settings.n}-{settings.preset}-{settings.seed}")
-    if not rest.resume:
+    if not (rest.resume and (folder / "config.json").exists()):
+        # A new run, or one that was killed before it wrote anything.
         assert settings is not None
+        rule = "already holds a run; use --resume or another --out"
+        if rest.resume:
+            rule = "holds parts of a run; its folder has no config.json"
         for place in (folder, *(folder / arm for arm in settings.compare)):
             if holds_run(place, (*RUN_FILES, *OTHER_FILES)):
-                raise ValueError(f"out={str(place)!r}: already holds a run; use --resume or another --out")
+                raise ValueError(f"out={str(place)!r}: {rule}")
         return settings, rest, folder, False
-    if not (folder / "config.json").exists():
-        assert settings is not None
-        for place in (folder, *(folder / arm for arm in settings.compare)):
-            if holds_run(place, (*RUN_FILES, *OTHER_FILES)):
-                raise ValueError(f"out={str(place)!r}: holds parts of a run; its folder has no config.json")
-        return settings, rest, folder, False  # killed before it wrote anything: start
     content = read_json(folder / "config.json")
     settings = stored(content.get("settings") if isinstance(content, dict) else None, given)
     return settings, rest, folder, True
@@ -97,10 +96,7 @@ def _describe(settings: Settings, corpus: Corpus, device: Any) -> dict[str, Any]
 
 
 def _show(settings: Settings, content: dict[str, Any], corpus: Corpus, folder: Path) -> None:
-    where = content["environment"]
-    print(
-        f"device  {where['device']}, {where['precision']}, torch {where['torch']}, Python {where['python']}"
-    )
+    print(machine_line(content["environment"]))
     print(f"text    {corpus.describe()}")
     shown = ("n_layer", "d_model", "n_head", "latent_dim", "rope_dim", "window", "band", "open_groups")
     fields = " ".join(f"{name}={content['model'][name]}" for name in shown)

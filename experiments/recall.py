@@ -28,11 +28,10 @@ import dataclasses
 import hashlib
 import sys
 import time
-import warnings
 from typing import Any
 
 import numpy as np
-from _arms import Arm, parse_arms
+from _arms import Arm, parse_arms, slug
 from _common import choose_device
 from _fit import Fitted, fit
 from _recall import Row, Vocabulary, classes, mqar, needle, recalled, scattered, stack
@@ -45,6 +44,7 @@ from _script import (
     open_folder,
     parser,
     positive,
+    read_as,
     run_script,
     show,
 )
@@ -240,13 +240,7 @@ def warmed_up(config: CoGAConfig, args: argparse.Namespace, device: Any) -> CoGA
         model.save_pretrained(folder)
         print(f"warm-up: loss {fitted.losses[-1][1]:.4f}, {fitted.seconds:.0f} s", flush=True)
     if twin != config:
-        changes = {k: v for k, v in dataclasses.asdict(config).items() if k != "layers"}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # what is fresh: all that groups add
-            model = model.with_layers(config.layers, **changes)
-        for block in model.stack:
-            if getattr(block.attention, "far_bias_H", None) is not None:
-                block.attention.far_bias_H.data.fill_(config.far_bias_init)
+        model = read_as(model, far_bias=config.far_bias_init, **dataclasses.asdict(config))
     return model.to(device)
 
 
@@ -292,7 +286,7 @@ def body(argv: list[str] | None) -> None:
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "arms")}
     settings["set"] = dict(args.set)
     show("recall.py", {"arms": [arm.text for arm, _ in arms], **settings}, device, args.out)
-    outputs = ["warm-up", "mqar.png", "depth.png", *(f"heat-{arm.slug}.png" for arm, _ in arms)]
+    outputs = ["warm-up", "mqar.png", "depth.png", *(f"heat-{slug(arm.text)}.png" for arm, _ in arms)]
     rows = open_folder(args.out, "recall.py", settings, args.resume, outputs)
     done = {row["arm"] for row in rows}
     for arm, config in arms:

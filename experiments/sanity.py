@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from _arms import parse_integers
 from _common import choose_device, peak_memory
-from _plots import _save, plt
+from _plots import plt, save
 from _rows import append_row, provenance
 from _sanity import entropies, gradient_norms, rebuilt, reciprocities, watch
 from _script import at_least, file_hash, load_model, model_folder, open_folder, parser, run_script, show
@@ -140,7 +140,7 @@ def _heads(path: Path, row: dict[str, Any], key: str, title: str, low: float) ->
     axis.set(xlabel="head", ylabel="layer")
     axis.set_title(title, fontsize=9)
     figure.colorbar(drawn, ax=axis)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _reconstruction(path: Path, row: dict[str, Any]) -> None:
@@ -154,7 +154,7 @@ def _reconstruction(path: Path, row: dict[str, Any]) -> None:
     axes[0].set_ylabel("relative error")
     axes[-1].legend(title="layer", loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.suptitle("\n".join(dict.fromkeys(one["rebuilt"] for one in row["layers"])), fontsize=9, y=1.02)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _gradients(path: Path, row: dict[str, Any]) -> None:
@@ -176,7 +176,7 @@ def _gradients(path: Path, row: dict[str, Any]) -> None:
     right.set(title="log10 by layer (white: none or zero)", xlabel="layer")
     figure.colorbar(drawn, ax=right)
     figure.tight_layout()
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_all(folder: Path, row: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ __all__ = [
     "attend_backward",
     "attend_chunk",
     "attention_parts",
+    "far_at",
     "gather_members",
     "group_attend",
     "group_attend_backward",
@@ -95,6 +96,16 @@ def gather_members(far: Far, open_BtK: Tensor) -> tuple[Tensor, Tensor]:
     members = far.slot_BSL.reshape(-1, width).index_select(0, index.flatten())
     mask = rearrange(mask, "b t k s -> b t (k s)")
     return members.view(*mask.shape, width), mask
+
+
+def far_at(far: Far | None, position: Tensor) -> tuple[Far | None, tuple[Tensor, Tensor] | None]:
+    """`far` in at least float32 for the queries at some positions, and the members that they open."""
+    if far is None:
+        return None, None
+    slot = None if far.slot_BSL is None else wide(far.slot_BSL)
+    opened = None if far.open_BTK is None else far.open_BTK[:, position]
+    far = replace(far, group_BML=wide(far.group_BML), slot_BSL=slot, open_BTK=opened)
+    return far, None if opened is None else gather_members(far, opened)
 
 
 def _scores(q_BtHL: Tensor, key_BsL: Tensor) -> Tensor:

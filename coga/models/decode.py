@@ -297,7 +297,8 @@ def step(
     rows, width = tokens_BT.shape
     if rows != len(state.lengths):
         raise ValueError(f"tokens={rows} rows: the state was made for batch_size={len(state.lengths)}")
-    if state.config.replace(backend=model.config.backend) != model.config:
+    mine = state.config  # the very object, but for a state that has moved between models
+    if mine is not model.config and mine.replace(backend=model.config.backend) != model.config:
         raise ValueError("state: was made by a model of another configuration; use this model's new_state")
     align, counts = None, [width] * rows
     if attention_mask is not None:

@@ -9,12 +9,10 @@ Added with `entropy_weight`, it works against attention that collapses onto few 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from coga.kernels.reference import attention_parts, gather_members, wide
+from coga.kernels.reference import attention_parts, far_at, wide
 from coga.types import Far
 
 __all__ = ["entropy_shortfall"]
@@ -39,12 +37,7 @@ def entropy_shortfall(
     stride = -(-length // QUERIES)
     position = torch.arange(stride - 1, length, stride, device=q_BTHL.device)
     q, latent = wide(q_BTHL), wide(latent_BTL)
-    members = None
-    if far is not None:
-        slot = None if far.slot_BSL is None else wide(far.slot_BSL)
-        opened = None if far.open_BTK is None else far.open_BTK[:, position]
-        far = replace(far, group_BML=wide(far.group_BML), slot_BSL=slot, open_BTK=opened)
-        members = None if opened is None else gather_members(far, opened)
+    far, members = far_at(far, position)
     parts = attention_parts(
         q[:, position],
         position,

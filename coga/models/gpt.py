@@ -122,9 +122,6 @@ class CoGAGPT(nn.Module):
         self, position: Tensor, length_B: Tensor | None, noise_step: Tensor | int, training: bool
     ) -> CallContext:
         widths = {block.attention.rotary for block in self.stack}
-        if not isinstance(noise_step, Tensor):
-            # A number would be a constant of a compiled block, and every step a compilation of its own.
-            noise_step = torch.full((), noise_step, dtype=torch.int64, device=position.device)
         return CallContext.of(
             position,
             widths,
@@ -195,6 +192,9 @@ class CoGAGPT(nn.Module):
         length = tokens_BT.shape[1]
         position = torch.arange(length, device=tokens_BT.device)
         lengths = None if align is None else align.length_B
+        if not isinstance(noise_step, Tensor):
+            # A number would be a constant of a compiled block, and every step a compilation of its own.
+            noise_step = torch.full((), noise_step, dtype=torch.int64, device=position.device)
         context = self.call_context(position, lengths, noise_step, self.training)
         x = self.embedding(tokens_BT)
         outputs = []

@@ -13,6 +13,7 @@ def test_bad_input_is_one_line(tmp_path, refused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "needs a CUDA GPU" in refused(["--out", str(tmp_path / "run")])
     assert "minutes=0.0" in refused(["--minutes", "0"])
+    assert "workers=0" in refused(["--workers", "0"])
     assert list(tmp_path.iterdir()) == []
 
 
