@@ -99,6 +99,15 @@ def test_no_earlier_logit_has_a_gradient_by_a_later_hidden_state(number):
     assert gradient_leaks(build(case, number), case["tokens"], LONGEST, number) == 0
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own, when it looks at a graph's inputs
+@pytest.mark.parametrize("grouping", GROUPINGS)
+def test_blocks_compiled_one_by_one_leak_nothing(grouping):
+    """Training mode with noise; `leaks` also asserts that the changed suffix reaches later logits."""
+    model = small_model(layers="near 4", n_layer=2, train=True, grouping=grouping)
+    model.compile_blocks(backend="aot_eager")
+    assert leaks(model, "bytes", LONGEST, 0) == 0
+
+
 def test_the_seeds_cover_what_the_oracle_asks():
     assert len(CASES) >= 20
     seen = {(c["layers"], c["grouping"]) for c in CASES}
