@@ -50,6 +50,7 @@ class Setting:
     warmup: int
     validation: int
     compile: bool
+    graph: bool
     precision: str
     model: dict[str, Any]
     beyond: int
@@ -73,6 +74,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--warmup", type=int, help="steps over which it rises (a tenth, at most 100)")
     add("--validation", type=int, help="held-out contexts of length n (2**18 bytes, at most 64)")
     add("--compile", action="store_true", help="compile the blocks for training (torch.compile)")
+    add("--graph", action="store_true", help="record the training step as a CUDA graph (GPU only)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:INDEX")
     add("--out", type=Path, default=Path("runs/ablate"), metavar="DIR", help="folder (runs/ablate)")
     add("--reference", metavar="ARM", help="arm that the others are compared with (gumbel)")
@@ -124,7 +126,7 @@ def rows_of(folder: Path, resume: bool) -> list[dict[str, Any]]:
 
 def setting_of(args: argparse.Namespace, corpus: Corpus, device: torch.device) -> Setting:
     base = CoGAConfig.preset(args.preset, **dict(args.set))
-    names = ("preset", "n", "steps", "batch", "lr", "warmup", "validation", "compile")
+    names = ("preset", "n", "steps", "batch", "lr", "warmup", "validation", "compile", "graph")
     return Setting(
         **{name: getattr(args, name) for name in names},
         precision=environment(device)["precision"],

@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from coga.grouping.metrics import coherence, flip_rate, prototype_use
 from coga.models import CoGAGPT
+from coga.models.train_graph import GraphedStep
 
 __all__ = [
     "Fitted",
@@ -120,13 +121,25 @@ def rate_at(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, share))))
 
 
-def make_optimizer(model: CoGAGPT, lr: float, device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: CoGAGPT, lr: float, device: torch.device, graphed: bool = False
+) -> torch.optim.Optimizer:
     kept = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in kept if p.ndim >= 2], "weight_decay": 0.1},
         {"params": [p for p in kept if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=device.type == "cuda")
+    fused = device.type == "cuda"
+    rate = torch.tensor(lr, device=device) if graphed else lr
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=fused, capturable=graphed)
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)  # what a recorded step reads
+        else:
+            group["lr"] = rate
 
 
 def _to(device: torch.device, *tensors: Tensor) -> list[Tensor]:
@@ -182,23 +195,41 @@ def fit(
     device: torch.device,
     probe_T: Tensor | None = None,
     compiled: bool = False,
+    graphed: bool = False,
     deadline: float = math.inf,
     title: str = "",
 ) -> Fitted:
     """Train `model` in place. Raises `OutOfTime` when `deadline` (of time.monotonic) passes.
 
     batches  step -> tokens and next tokens, (B, T) int64 on the host; probe_T: on the device
+    graphed  record the step as a CUDA graph (same numbers, no waiting for the host; needs a GPU)
     A loss or gradient that is not finite ends the run: `diverged`.
     """
     found = Fitted(steps)
     model.train()
     reset_peak_memory(device)
-    optimizer = make_optimizer(model, lr, device)
+    optimizer = make_optimizer(model, lr, device, graphed)
     if compiled:
         model.compile_blocks()  # models of the same shape share what is compiled
+    parameters = list(model.parameters())
+    recorded = GraphedStep(model, optimizer, clip=CLIP) if graphed else None
+
+    def one_step(step: int, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if recorded is not None:
+            return recorded(tokens, targets)
+        with precision(device):
+            out = model(tokens, targets, noise_step=step)
+            total = out.total_loss
+        total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP).detach()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        model.update_groups(out)
+        assert out.loss is not None
+        return out.loss.detach(), norm
+
     every, probed = max(1, steps // FETCHES), _probe_steps(steps) if probe_T is not None else set()
     steady = min(steps - 1, max(1, min(20, steps // 4)))
-    parameters = list(model.parameters())
     pending: list[Tensor] = []
     norms: list[Tensor] = []
     paused, counted, paused_before = 0.0, 0, 0.0
@@ -209,28 +240,21 @@ def fit(
             if step == steady:
                 _wait(device)
                 since, paused_before, counted = time.monotonic(), paused, found.tokens
-            for group in optimizer.param_groups:
-                group["lr"] = rate_at(step, steps, lr, warmup)
+            _set_rate(optimizer, rate_at(step, steps, lr, warmup))
             tokens, targets = _to(device, *batches(step))
-            with precision(device):
-                out = model(tokens, targets, noise_step=step)
-                total = out.total_loss
-            total.backward()
-            norms.append(torch.nn.utils.clip_grad_norm_(parameters, CLIP).detach())
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            model.update_groups(out)
-            pending.append(out.loss.detach())
+            loss, norm = one_step(step, tokens, targets)
+            pending.append(loss)
+            norms.append(norm)
             found.tokens += tokens.numel()
             if (step + 1) % every == 0 or step + 1 == steps:
-                value, norm = float(torch.stack(pending).mean()), float(torch.stack(norms).max())
+                value, largest = float(torch.stack(pending).mean()), float(torch.stack(norms).max())
                 pending.clear()
                 norms.clear()
                 found.losses.append((step + 1, value))
-                found.grad_norms.append(norm)
+                found.grad_norms.append(largest)
                 bar.update(step + 1 - bar.n)
                 bar.set_postfix_str(f"loss {value:.3f}")
-                if not (math.isfinite(value) and math.isfinite(norm)):
+                if not (math.isfinite(value) and math.isfinite(largest)):
                     found.diverged = True
                     break
             if step + 1 in probed:

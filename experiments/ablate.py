@@ -73,6 +73,7 @@ def _run(arm: Arm, seed: int, setting: Setting, corpus: Corpus, device: torch.de
         device=device,
         probe_T=probe_T,
         compiled=setting.compile,
+        graphed=setting.graph,
         title=f"{arm.text} seed {seed}",
     )
     tokens_BT, targets_BT = contexts(corpus, setting.n, setting.validation)
@@ -142,7 +143,8 @@ def _show(arms: list[Arm], seeds: list[int], setting: Setting, corpus: Corpus, d
     print(f"        {' '.join(f'{name}={value}' for name, value in base.items() if name != 'seed')}")
     print(
         f"run     {setting.steps} steps of {setting.batch} x {setting.n:,} tokens; AdamW lr {setting.lr:g}, "
-        f"warm-up {setting.warmup} steps; {setting.validation} held-out contexts; compile {setting.compile}"
+        f"warm-up {setting.warmup} steps; {setting.validation} held-out contexts; "
+        f"compile {setting.compile}, CUDA graph {setting.graph}"
     )
     print(f"        parameters and forward FLOPs a token ({setting.n:,} tokens):")
     for arm in arms:
@@ -203,6 +205,8 @@ def _main(argv: list[str] | None) -> int:
         return _report_only(args)
     arms, seeds = checked(args)
     device = choose_device(args.device)
+    if args.graph and device.type != "cuda":
+        raise ValueError(f"graph={args.graph}: needs a CUDA device, got {device}")
     rows = rows_of(args.out, args.resume)
     names = list(dict.fromkeys([arm.text for arm in arms] + [str(row.get("arm")) for row in rows]))
     reference = reference_of(args.reference, names)

@@ -2,8 +2,9 @@
 
     python experiments/bench_model.py --n 32768 --out runs/bench
 
-A step is forward with fused loss, backward and AdamW, bf16 autocast, compiled block by block; tokens/s from
-the median step. Before anything is timed, the losses of a few steps with the default backend are compared
+A step is forward with fused loss, backward and AdamW, bf16 autocast, compiled block by block and recorded as
+a CUDA graph (`coga.models.train_graph`); tokens/s from the median step, and from the median of steps launched
+kernel by kernel. Before anything is timed, the losses of a few steps with the default backend are compared
 with the reference backend's: where they differ by more than bf16 noise, no speed is printed. Rows go to
 DIR/model_speed.json.
 """
@@ -22,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from coga import CoGAConfig
 from coga.models import CoGAGPT
+from coga.models.train_graph import GraphedStep
 
 ARMS = {
     "coga": dict(layers="near 32 32 32", latent_dim=64),
@@ -30,26 +32,16 @@ ARMS = {
 }
 
 
-def step_of(model: CoGAGPT, tokens: torch.Tensor, compiled: bool):
+def step_of(model: CoGAGPT, tokens: torch.Tensor, compiled: bool, graph: bool = True):
     """A callable that runs one training step and returns the loss."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    rate = torch.tensor(1e-4, device=tokens.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True, capturable=True)
     if compiled:
         model.compile_blocks()
-    counter = torch.zeros((), dtype=torch.int64, device=tokens.device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-    def step() -> torch.Tensor:
-        with torch.autocast("cuda", torch.bfloat16):
-            out = model(x, y, noise_step=counter)
-            loss = out.total_loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        model.update_groups(out)
-        counter.add_(1)
-        return out.loss.detach()
-
-    return step
+    graphed = GraphedStep(model, optimizer)
+    run = graphed if graph else graphed.launch
+    return lambda: run(x, y)[0]
 
 
 def losses_agree(config: CoGAConfig, steps: int = 4, length: int = 4096) -> bool:
@@ -58,7 +50,7 @@ def losses_agree(config: CoGAConfig, steps: int = 4, length: int = 4096) -> bool
     curves = []
     for backend in ("reference", "auto"):
         model = CoGAGPT(config.replace(backend=backend)).cuda()
-        step = step_of(model, tokens, compiled=False)
+        step = step_of(model, tokens, compiled=False, graph=False)
         curves.append([float(step()) for _ in range(steps)])
         del model, step
         torch.cuda.empty_cache()
@@ -96,16 +88,19 @@ def main() -> int:
             with attempt(label):
                 model = CoGAGPT(base.replace(**ARMS[name])).cuda()
                 size = sum(p.numel() for p in model.parameters())
-                step = step_of(model, tokens, compiled=not args.no_compile)
+                step = step_of(model, tokens, compiled=not args.no_compile, graph=False)
                 torch.cuda.reset_peak_memory_stats()
                 with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
-                    ms = median_ms(step, args.repeats, warmup=2)
-                peak = torch.cuda.max_memory_allocated() / 2**20
+                    launched = median_ms(step, args.repeats, warmup=2)
+                    peak = torch.cuda.max_memory_allocated() / 2**20
+                    step = step_of(model, tokens, compiled=not args.no_compile)
+                    ms = median_ms(step, args.repeats, warmup=4)
                 rates[label] = args.batch * args.n / ms * 1e3
-                found = row(label, ARMS[name]["layers"], args.n, args.batch, "train step", ms, peak)
+                found = row(label, ARMS[name]["layers"], args.n, args.batch, "train step", ms, peak, launched)
                 rows.append(found | {"tokens_per_s": round(rates[label]), "parameters": size})
                 print(
-                    f"{label:16s}{ms:9.1f} ms {rates[label]:10.0f} tokens/s {peak:8.0f} MiB {size / 1e6:.0f}M"
+                    f"{label:16s}{ms:9.1f} ms ({launched:.1f} launched) {rates[label]:10.0f} tokens/s "
+                    f"{peak:8.0f} MiB {size / 1e6:.0f}M"
                 )
                 del model, step
             torch.compiler.reset()

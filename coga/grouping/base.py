@@ -64,11 +64,11 @@ def pool(x_BSD: Tensor, grouping: Grouping) -> Tensor:
     """Mean of the members of each group: (B, M, D), in the dtype of x, summed in at least float32.
 
     mean_g = sum_t weight[t, g] x_t / |g|, with |g| a constant count; 0 for an empty group.
+    Half precision stays half in the product: its weights are 0 or 1, and the sum is float32 in any case.
     """
     weight = grouping.weight_BNWG
     batch, windows, width, groups = weight.shape
-    wide = x_BSD if x_BSD.dtype == torch.float64 else x_BSD.float()
-    x = wide.reshape(batch, windows, width, -1)
+    x = x_BSD.reshape(batch, windows, width, -1)
     total = weight.to(x.dtype).transpose(-1, -2) @ x
     count = grouping.size_BM.view(batch, windows, groups, 1).clamp_min(1)
     return (total / count).flatten(1, 2).to(x_BSD.dtype)

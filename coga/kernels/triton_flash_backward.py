@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from coga.kernels.triton_flash import (
+    CAUSAL,
     FAR,
     GROUPED,
     LOG2E,
@@ -529,25 +530,29 @@ def _queries_kernel(
 # ------------------------------------------------------------------------------------------------ launchers
 
 
-def _keys_tiles(dtype: torch.dtype, content: int) -> dict:
-    """Tile and schedule: what fits registers and shared memory (docs/log.md); not timed yet."""
+def _keys_tiles(dtype: torch.dtype, content: int, mode: int) -> dict:
+    """Tile and schedule: timed on an H100 for content <= 64 (docs/log.md), elsewhere what fits."""
     if dtype == torch.float32:  # no tensor cores: wide tiles only make ptxas spill, and slow
         block = 32 if content <= 64 else 16
         return dict(BM=block, BN=32, num_warps=4, num_stages=1)
+    if content <= 64 and mode == FAR.value:
+        return dict(BM=128, BN=64, num_warps=4, num_stages=2)
+    if content <= 64 and mode == CAUSAL.value:
+        return dict(BM=64, BN=64, num_warps=4, num_stages=2)
     if content <= 64:
-        return dict(BM=64, BN=128, num_warps=8, num_stages=2)
+        return dict(BM=32, BN=64, num_warps=4, num_stages=3)
     if content <= 128:
         return dict(BM=64, BN=64, num_warps=8, num_stages=2)
     return dict(BM=32, BN=64, num_warps=8, num_stages=1)
 
 
 def _queries_tiles(dtype: torch.dtype, content: int) -> dict:
-    """Tile and schedule: what fits registers and shared memory (docs/log.md); not timed yet."""
+    """Tile and schedule: timed on an H100 for content <= 64 (docs/log.md), elsewhere what fits."""
     if dtype == torch.float32:  # no tensor cores: wide tiles only make ptxas spill, and slow
         block = 32 if content <= 64 else 16
         return dict(BM=block, BN=32, num_warps=4, num_stages=1)
     if content <= 64:
-        return dict(BM=128, BN=64, num_warps=8, num_stages=2)
+        return dict(BM=64, BN=64, num_warps=4, num_stages=3)
     if content <= 128:
         return dict(BM=128, BN=64, num_warps=8, num_stages=1)
     return dict(BM=64, BN=32, num_warps=8, num_stages=1)
@@ -589,7 +594,7 @@ def keys_gradient(
     """
     batch, length, heads, width = q_BTHL.shape
     total = key_BNL.shape[1]
-    tiles = tiles or _keys_tiles(q_BTHL.dtype, content)
+    tiles = tiles or _keys_tiles(q_BTHL.dtype, content, mode)
     blocks = triton.cdiv(total, tiles["BN"])
     if parts is None:
         reach = length if mode != WINDOWED.value else min(length, unit * 3 // 2)

@@ -223,9 +223,9 @@ def _query_kernel(
         start, size = _place(offset_ptr, size_ptr, group)
         group = _open(open_ptr, _which(i + 2, n, PACK, CHUNKS, BN), K)
     target = dq_ptr + token * (H * L) + h[:, None] * L
-    tl.store(target + c[None, :], dq_c, mask=columns(head, c, C))
+    tl.store(target + c[None, :], dq_c.to(dq_ptr.dtype.element_ty), mask=columns(head, c, C))
     if P > 0:
-        tl.store(target + C + r[None, :], dq_r, mask=columns(head, r, P))
+        tl.store(target + C + r[None, :], dq_r.to(dq_ptr.dtype.element_ty), mask=columns(head, r, P))
 
 
 def launch_options(
@@ -308,9 +308,9 @@ def opened_forward(
 def query_gradient(
     grad, lse, delta, q, slot, offset, size, open_groups, *, content: int, slots: int
 ) -> Tensor:
-    """dq (B, T, H, L) in float32 from contiguous inputs; `lse` as `scaled_lse` makes it."""
+    """dq (B, T, H, L) in the dtype of q from contiguous inputs; `lse` as `scaled_lse` makes it."""
     batch, length, heads, width = q.shape
-    dq = q.new_empty(q.shape, dtype=torch.float32)
+    dq = torch.empty_like(q)
     count, exact = open_groups.shape[-1], q.dtype == torch.float32
     options = launch_options(heads, content, width - content, count, slots, exact=exact)
     _query_kernel[(batch * length,)](
@@ -349,14 +349,14 @@ def opened_backward(
     content: int,
     slots: int,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of queries (B, T, H, L) and of latents in slot order (B, S, L), both float32.
+    """Gradients of queries (B, T, H, L), in their dtype, and of latents in slot order (B, S, L) in float32.
 
     `lse_BTH` is the log-sum-exp of the whole softmax, `delta_BTH` = dO . O of the merged output.
     Deterministic: every sum has a fixed order.
     """
     _check(q_BTHL, slot_BSL, offset_BM, size_BM, open_BTK, content, slots)
     if open_BTK.shape[-1] == 0 or slot_BSL.shape[1] == 0 or q_BTHL.numel() == 0:
-        return torch.zeros_like(q_BTHL, dtype=torch.float32), torch.zeros_like(slot_BSL, dtype=torch.float32)
+        return torch.zeros_like(q_BTHL), torch.zeros_like(slot_BSL, dtype=torch.float32)
     tensors = [
         x.contiguous()
         for x in (

@@ -134,7 +134,8 @@ class CoGAAttention(nn.Module):
         refined = raw
         if self.group_level is not None and not self._opens_all(read):
             with torch.autocast(x_BTD.device.type, enabled=False):
-                state = pool(x_BTD[:, :end], grouping)
+                # In the dtype of its projections, which under autocast is half of what there is to read.
+                state = pool(x_BTD[:, :end].to(raw.dtype), grouping)
             window = torch.arange(windows, device=x_BTD.device).repeat_interleave(layer.groups)
             position = (window + 1) * layer.window - 1
             table = context.table_at(position, self.projections.rotary)

@@ -221,7 +221,8 @@ class _Piece:
         old = _recent(layer["hidden"], self.state.length_B)[row]
         hidden = torch.cat([old.to(x.dtype), x[row]], 1)
         with torch.autocast(x.device.type, enabled=False):
-            state = pool(_take(hidden, position - (length - old.shape[1])), grouping)
+            members = _take(hidden, position - (length - old.shape[1]))
+            state = pool(members.to(raw.dtype), grouping)
         end = torch.full((groups,), (window + 1) * width - 1, device=x.device)
         table = context.table_at(end, module.projections.rotary)
         known = torch.cat([_earlier_raw(layer, row, span.start).to(raw.dtype), raw], 1)

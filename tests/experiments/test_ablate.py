@@ -567,6 +567,7 @@ BAD = {
     "device": (["--device", "abacus"], "device='abacus'"),
     "reference": (["--reference", "full"], "reference='full'"),
     "time-limit": (["--time-limit", "nan"], "time_limit=nan"),
+    "graph": (["--graph", "--device", "cpu"], "graph=True: needs a CUDA device"),
     "missing": (["--data", "/nowhere/text"], "existing file or folder"),
     "flag": (["--colour"], "--colour"),
     "nothing-to-report": (["--report-only"], "holds no rows.jsonl"),

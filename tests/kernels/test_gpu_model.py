@@ -16,6 +16,7 @@ from coga import CoGAConfig
 from coga.kernels import dispatch
 from coga.models import CoGAGPT
 from coga.models.graph import GraphedDecoder
+from coga.models.train_graph import GraphedStep
 
 pytestmark = [
     pytest.mark.gpu,
@@ -161,6 +162,36 @@ def test_compiled_blocks_train_like_eager_ones():
         assert torch.allclose(*losses, rtol=1e-4)
         for a, b in zip(*(m.parameters() for m in models), strict=True):
             assert (a.grad - b.grad).norm() <= 2e-3 * a.grad.norm() + 1e-7
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_recorded_training_step_equals_the_launched_one(compiled):
+    """Losses and weights of 8 steps with a learning rate that changes: replayed, and kernel by kernel."""
+    found = []
+    for graphed in (True, False):
+        model = gpu_model(layers="near 8 mha")
+        if compiled:
+            model.compile_blocks()
+        rate = torch.tensor(1e-3, device="cuda")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True, capturable=True)
+        step = GraphedStep(model, optimizer, clip=1.0)
+        losses = []
+        for number in range(8):
+            for group in optimizer.param_groups:
+                group["lr"].fill_(1e-3 * (number + 1))
+            row = real_bytes(2, LENGTH + 1, seed=number).cuda()
+            run = step if graphed else step.launch
+            losses.append(torch.stack(run(row[:, :-1], row[:, 1:])))
+        assert (step.graph is not None) == graphed
+        assert int(model.step_count) == int(step.noise_step) == 8
+        found.append((torch.stack(losses), [p.detach() for p in model.parameters()]))
+    (losses, parameters), (expected, others) = found
+    assert torch.allclose(losses, expected, rtol=1e-3)
+    assert losses[-1, 0] < losses[0, 0]
+    assert all((a - b).norm() <= 1e-2 * b.norm() + 1e-6 for a, b in zip(parameters, others, strict=True))
+    with pytest.raises(ValueError, match="shape of the first call"):
+        step(row, row)
     torch.compiler.reset()
 
 

@@ -14,6 +14,7 @@ from coga.grouping import GumbelGrouping
 from coga.models import CoGAGPT
 from coga.models import loss as loss_module
 from coga.models.decode import sample
+from coga.models.train_graph import GraphedStep
 
 
 def prototypes(model: CoGAGPT) -> list[torch.Tensor]:
@@ -124,3 +125,10 @@ def test_a_configuration_must_be_whole_and_within_what_can_be_ranked():
             small_config(**changes)
     with pytest.raises(ValueError, match="seed"):
         small_config(seed=2**63)
+
+
+def test_a_step_that_cannot_be_recorded_says_so():
+    model = CoGAGPT(CoGAConfig.preset("tiny"))
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match="model=cpu: a CUDA graph needs a model on a CUDA device"):
+        GraphedStep(model, optimizer)
