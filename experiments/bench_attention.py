@@ -149,7 +149,7 @@ def inputs_of(module: CoGAAttention, config: CoGAConfig, length: int, dtype: tor
         x = torch.randn(1, length, DIM, device=device)
         table = context.tables[config.rope_dim]
         q, latent = module.projections.queries(x, table), module.projections.latents(x, table)
-        far = module._groups(x, q, latent, context)[1] if module.layer.kind == "group" else None
+        far = module._groups(x, latent, q.mean(2), context)[1] if module.layer.kind == "group" else None
     return q, latent, far
 
 
@@ -340,17 +340,17 @@ def parts_of(setting: dict, length: int, tokens: int, dtype: torch.dtype, repeat
         content=projections.content, band=config.band, alpha_H=module.alpha_H, sink_H=module.sink_H
     )
     with torch.no_grad():
-        q, latent = projections.queries(x, table_), projections.latents(x, table_)
-        _, far = module._groups(x, q, latent, context)
+        q, latent, index_q = projections.enter(x, table_, "auto")
+        _, far = module._groups(x, latent, index_q, context)
         closed = replace(far, open_BTK=None, slot_BSL=None)
         score = torch.randn(batch * length // layer.window, layer.window, layer.groups, device="cuda")
         mixed, _ = dispatch.attend(q, latent, window=layer.window, far=far, **options)
         pieces = {
-            "projections in": lambda: (projections.queries(x, table_), projections.latents(x, table_)),
-            "grouping, pooling, group level, selection": lambda: module._groups(x, q, latent, context),
+            "projections in": lambda: projections.enter(x, table_, "auto"),
+            "grouping, pooling, group level, selection": lambda: module._groups(x, latent, index_q, context),
             "capacity assignment": lambda: dispatch.assign(score, layer.slots),
             "selection": lambda: dispatch.select(
-                q.mean(2),
+                index_q,
                 far.group_BML,
                 far.log_size_BM,
                 count=layer.open_groups,

@@ -1,8 +1,9 @@
 """The one place that chooses a backend: custom ops `coga::...` with reference and Triton bodies.
 
-Models call `attend`, `group_attend`, `select`, `assign` and `permute` here and never ask which hardware they
-are on. Each op has fake and autograd registered, so `torch.compile(fullgraph=True)` and `opcheck` pass. On a
-CPU, or with backend="reference", the body is `coga.kernels.reference`; on CUDA it is Triton.
+Models call `attend`, `group_attend`, `select`, `assign`, `permute` and `project` here and never ask which
+hardware they are on. Each op has fake and autograd registered, so `torch.compile(fullgraph=True)` and
+`opcheck` pass. On a CPU, or with backend="reference", the body is `coga.kernels.reference`; on CUDA it is
+Triton.
 
 Legend: B batch, T tokens, H heads, C content width, L = C + P, M groups, G groups in a window, K opened.
 """
@@ -18,7 +19,16 @@ from torch import Tensor
 from coga.kernels import capacity, reference
 from coga.types import Far
 
-__all__ = ["assign", "attend", "group_attend", "permute", "resolve_backend", "select"]
+__all__ = [
+    "assign",
+    "attend",
+    "fuses_projections",
+    "group_attend",
+    "permute",
+    "project",
+    "resolve_backend",
+    "select",
+]
 
 
 # Asked once, at import: a graph that torch.compile traces may hold no question to the operating system.
@@ -276,6 +286,77 @@ def group_attend(
 ) -> tuple[Tensor, Tensor]:
     """`reference.group_attend` of all groups of a sequence, with a memory-bounded backward."""
     return _group_attend(q_BMHL, latent_BML, log_size_BM, alpha_H, content, groups, backend)
+
+
+# -------------------------------------------------------------------------------------------- project
+
+
+@torch.library.custom_op("coga::project", mutates_args=())
+def _project(
+    x: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, content: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    from coga.kernels import triton_project
+
+    tensors = (t.contiguous() for t in (x, cos, sin, gain))
+    return triton_project.project(*tensors, content=content, eps=eps)
+
+
+@_project.register_fake
+def _(x, cos, sin, gain, content, eps):
+    width = content + 2 * cos.shape[-1]
+    extra = x.shape[-1] // width - len(gain)
+    rows = x.shape[:2]
+    return x.new_empty(*rows, len(gain), width), x.new_empty(*rows, extra * width), x.new_empty(*rows, width)
+
+
+@torch.library.custom_op("coga::project_backward", mutates_args=())
+def _project_backward(
+    dq: Tensor,
+    dlatent: Tensor,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    gain: Tensor,
+    content: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    from coga.kernels import triton_project
+
+    tensors = (t.contiguous() for t in (dq, dlatent, x, cos, sin, gain))
+    dx, dgain = triton_project.project_backward(*tensors, content=content, eps=eps)
+    return dx, dgain.to(gain.dtype)
+
+
+@_project_backward.register_fake
+def _(dq, dlatent, x, cos, sin, gain, content, eps):
+    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(gain)
+
+
+def _project_setup(ctx, inputs, output):
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(*inputs[:4])
+    ctx.rest = inputs[4:]
+
+
+def _project_autograd(ctx, dq, dlatent, _dmean):
+    dx, dgain = _project_backward(dq, dlatent, *ctx.saved_tensors, *ctx.rest)
+    return dx, None, None, dgain, None, None
+
+
+_project.register_autograd(_project_autograd, setup_context=_project_setup)
+
+
+def fuses_projections(backend: str, x: Tensor) -> bool:
+    """Whether `project` has a kernel: Triton, and a dtype below float64."""
+    kinds = (torch.bfloat16, torch.float16, torch.float32)
+    return x.dtype in kinds and x.numel() > 0 and resolve_backend(backend, x.device) == "triton"
+
+
+def project(
+    x_BTX: Tensor, table: tuple[Tensor, Tensor], gain_H: Tensor, *, content: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`triton_project.project`, where `fuses_projections`; the mean query has no gradient."""
+    return _project(x_BTX, *table, gain_H, content, eps)
 
 
 # --------------------------------------------------------------------------------------------- select

@@ -76,11 +76,10 @@ class CoGAAttention(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: CallContext) -> AttentionOutput:
         table = context.tables[self.projections.rotary]
-        q = self.projections.queries(x_BTD, table)
-        latent = self.projections.latents(x_BTD, table)
+        q, latent, index_q = self.projections.enter(x_BTD, table, context.backend)
         grouping, far = None, None
         if self.layer.kind == "group":
-            grouping, far = self._groups(x_BTD, q, latent, context)
+            grouping, far = self._groups(x_BTD, latent, index_q, context)
         window = None if self.layer.kind == "full" else self.layer.window
         if far is not None and self._opens_all(far.group_BML.shape[1]):
             far, window = None, None
@@ -116,7 +115,7 @@ class CoGAAttention(nn.Module):
         return self.route_full and self.layer.open_groups >= groups
 
     def _groups(
-        self, x_BTD: Tensor, q_BTHL: Tensor, latent_BTL: Tensor, context: CallContext
+        self, x_BTD: Tensor, latent_BTL: Tensor, index_q_BTL: Tensor, context: CallContext
     ) -> tuple[Grouping | None, Far | None]:
         """Form the groups of the closed windows; `Far` holds those that some token of the call may read."""
         layer, batch, length = self.layer, x_BTD.shape[0], x_BTD.shape[1]
@@ -142,7 +141,8 @@ class CoGAAttention(nn.Module):
             refined = self.group_level(
                 state, raw, sizes, self.projections, table, self.warmth(context), context.backend
             )
-        return grouping, self._far(q_BTHL, latent_BTL[:, :end], refined, sizes, grouping, read, context)
+        parts = (refined[:, :read].to(index_q_BTL.dtype), sizes[:, :read])
+        return grouping, self._far(index_q_BTL, latent_BTL[:, :end], *parts, grouping, context)
 
     def _form(self, latent: Tensor, windows: int, batch: int, context: CallContext) -> Grouping:
         width = self.layer.window
@@ -161,14 +161,13 @@ class CoGAAttention(nn.Module):
             ),
         )
 
-    def _far(self, q, latent, refined, sizes, grouping: Grouping, read: int, context) -> Far:
-        """The first `read` groups, with the selection of each token."""
-        layer = self.layer
-        group, log_sizes = refined[:, :read].to(q.dtype), sizes[:, :read]
+    def _far(self, index_q, latent, group, log_sizes, grouping: Grouping, context: CallContext) -> Far:
+        """The groups that some token may read, with the selection of each token."""
+        layer, read = self.layer, group.shape[1]
         opened = slot = None
         if layer.open_groups > 0:
             opened = dispatch.select(
-                q.mean(2),
+                index_q,
                 group,
                 log_sizes,
                 count=layer.open_groups,

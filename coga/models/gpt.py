@@ -28,7 +28,7 @@ from coga.models.block import Block
 from coga.models.context import Alignment, CallContext
 from coga.models.decode import DecodeState, generate, step
 from coga.models.latent import LatentProjections
-from coga.models.loss import IGNORE, linear_cross_entropy
+from coga.models.loss import IGNORE, chunk_sum, linear_cross_entropy
 from coga.models.pretrained import load_pretrained, save_pretrained
 from coga.types import Grouping, GroupingStats
 
@@ -77,6 +77,7 @@ class CoGAGPT(nn.Module):
         self.step_count: Tensor
         self.activation_checkpointing = False
         self._compiled: list[Callable] = []
+        self._chunk_sum: Callable = chunk_sum
 
     def _init_weights(self) -> None:
         """Normal(0, init_std); what writes into the residual stream is scaled by 1/sqrt(2 n_layer)."""
@@ -107,7 +108,7 @@ class CoGAGPT(nn.Module):
         self.activation_checkpointing = on
 
     def compile_blocks(self, **options) -> None:
-        """Compile each block by itself (`torch.compile`, static shapes, one graph), for training steps.
+        """Compile each block, and the loss, by itself (`torch.compile`, static shapes), for training steps.
 
         Blocks of one kind share their code, so the time it takes follows the kinds of layers, not the depth.
         Evaluation and decoding stay uncompiled. `options` go to `torch.compile`.
@@ -117,6 +118,7 @@ class CoGAGPT(nn.Module):
         limits.recompile_limit = max(limits.recompile_limit, 64)
         options = {"fullgraph": True, "dynamic": False, **options}
         self._compiled = [torch.compile(block, **options) for block in self.stack]
+        self._chunk_sum = torch.compile(chunk_sum, **options)
 
     def call_context(
         self, position: Tensor, length_B: Tensor | None, noise_step: Tensor | int, training: bool
@@ -209,7 +211,8 @@ class CoGAGPT(nn.Module):
         if targets is not None:
             if align is not None:
                 targets = align.enter(targets).masked_fill(~align.real(length), IGNORE)
-            loss = linear_cross_entropy(x, self.head_weight, targets)
+            chunk = self._chunk_sum if self.training else chunk_sum
+            loss = linear_cross_entropy(x, self.head_weight, targets, chunk)
         logits = None
         if return_logits or (return_logits is None and targets is None):
             logits = linear(x if align is None else align.leave(x), self.head_weight)

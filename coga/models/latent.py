@@ -13,8 +13,10 @@ from __future__ import annotations
 import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from coga.config import CoGAConfig, LayerConfig
+from coga.kernels import dispatch
 from coga.models.rotary import rotate
 
 __all__ = ["LatentProjections", "rms_norm"]
@@ -48,6 +50,16 @@ class LatentProjections(nn.Module):
         if not self.rotary:
             return content
         return torch.cat([content, rotate(rms_norm(rotary, self.eps), table)], -1)
+
+    def enter(
+        self, x_BTD: Tensor, table: tuple[Tensor, Tensor], backend: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`queries`, `latents` and the mean of the queries over heads (no gradient), (B, T, L)."""
+        if dispatch.fuses_projections(backend, x_BTD):
+            raw = linear(x_BTD, torch.cat([self.query.weight, self.latent.weight]))
+            return dispatch.project(raw, table, self.gain_H, content=self.content, eps=self.eps)
+        q = self.queries(x_BTD, table)
+        return q, self.latents(x_BTD, table), q.detach().mean(2)
 
     def queries(self, x_BTD: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         """Scaled queries (B, T, H, L)."""

@@ -8,18 +8,21 @@ the length.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["IGNORE", "linear_cross_entropy"]
+__all__ = ["IGNORE", "chunk_sum", "linear_cross_entropy"]
 
 IGNORE = -100
-LOGITS_AT_ONCE = 2**25  # 128 MiB of float32
+LOGITS_AT_ONCE = 2**27  # 512 MiB of float32; fewer chunks add up the weight's gradient fewer times
 
 
-def _chunk_sum(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+def chunk_sum(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Sum of the losses of some rows: what is computed at once, and what may be compiled."""
     logits = functional.linear(x, weight)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return functional.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
@@ -35,10 +38,11 @@ def _torch_has_it(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _sum(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+def _sum(x: Tensor, weight: Tensor, target: Tensor, chunk: Callable) -> Tensor:
     rows = max(1, LOGITS_AT_ONCE // weight.shape[0])
     if x.shape[0] <= rows:
-        return _chunk_sum(x, weight, target)
+        return chunk(x, weight, target)
+    rows = 2 ** (rows.bit_length() - 1)  # lengths are often powers of two: chunks of one shape compile once
     if _torch_has_it(x, weight):
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
         return functional.linear_cross_entropy(
@@ -48,12 +52,17 @@ def _sum(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     for start in range(0, x.shape[0], rows):
         part = slice(start, start + rows)
         total = total + checkpoint(
-            _chunk_sum, x[part], weight, target[part], use_reentrant=False, preserve_rng_state=False
+            chunk, x[part], weight, target[part], use_reentrant=False, preserve_rng_state=False
         )
     return total
 
 
-def linear_cross_entropy(x_BTD: Tensor, weight_VD: Tensor, target_BT: Tensor) -> Tensor:
-    """Mean of -log softmax(W x)[target] over targets that are not -100; 0 when there are none."""
+def linear_cross_entropy(
+    x_BTD: Tensor, weight_VD: Tensor, target_BT: Tensor, chunk: Callable = chunk_sum
+) -> Tensor:
+    """Mean of -log softmax(W x)[target] over targets that are not -100; 0 when there are none.
+
+    chunk  `chunk_sum`, or that compiled
+    """
     target = target_BT.flatten()
-    return _sum(x_BTD.flatten(0, -2), weight_VD, target) / (target != IGNORE).sum().clamp_min(1)
+    return _sum(x_BTD.flatten(0, -2), weight_VD, target, chunk) / (target != IGNORE).sum().clamp_min(1)
