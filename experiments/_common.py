@@ -60,20 +60,25 @@ def fail(message: object, code: int = 2) -> int:
 # --- device ------------------------------------------------------------------------------------------------
 
 
-def choose_device(name: str) -> torch.device:
-    """ "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:1". ValueError on what is not there."""
+def choose_device(name: str, graph: bool = False) -> torch.device:
+    """ "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:1". ValueError on what is not there.
+
+    graph  a CUDA graph is wanted, so a CPU will not do
+    """
+    device: torch.device | None = None
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    else:
+        with suppress(RuntimeError):
+            device = torch.device(name)
     if device is None or device.type not in ("cpu", "cuda"):
         raise ValueError(f"device={name!r}: must be auto, cpu, cuda or cuda:INDEX")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise ValueError(f"device={name!r}: this machine has {count} CUDA devices")
+    elif graph:
+        raise ValueError(f"graph={graph}: needs a CUDA device, got {device}")
     return device
 
 

@@ -33,6 +33,7 @@ from _settings import override
 from coga.models import CoGAGPT
 
 __all__ = [
+    "add_graph",
     "add_model_arguments",
     "at_least",
     "file_hash",
@@ -64,6 +65,13 @@ def add_model_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("--preset", default="tiny", help="tiny, small, gpt2 (tiny)")
     made.add_argument("--set", type=override, action="append", default=[], metavar="FIELD=VALUE",
                       help="a field of CoGAConfig")  # fmt: skip
+
+
+def add_graph(made: argparse.ArgumentParser) -> None:
+    """For scripts that train with `_fit.fit`."""
+    made.add_argument(
+        "--graph", action="store_true", help="record the training step as a CUDA graph (GPU only)"
+    )
 
 
 def model_changes(args: argparse.Namespace, *names: str) -> dict[str, Any]:

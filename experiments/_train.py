@@ -60,7 +60,7 @@ class Trainer:
         self.save_every = save_every
         self.config: CoGAConfig = model_config(settings, corpus.vocab_size)
         self.step = 0
-        self.seconds, self.tokens = 0.0, 0  # of steps at full length
+        self.seconds, self.tokens = 0.0, 0  # of steps at full length, without the first
         self.previous: dict[str, torch.Tensor] = {}
         self.last_metrics: dict[str, float] = {}
         model = self._load() if self._recover() else None
@@ -143,7 +143,8 @@ class Trainer:
         self.step += 1
         elapsed = time.monotonic() - began
         short = step < self.settings.warmup_steps
-        if not short:
+        # The first step at full length is left out of the speed: on a GPU it compiles kernels.
+        if not short and (step > self.settings.warmup_steps or self.settings.steps == 1):
             self.seconds += elapsed
             self.tokens += length * batch
         bits = loss / math.log(2) * len(self.corpus.train) / self.corpus.train.bytes

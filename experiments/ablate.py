@@ -204,9 +204,7 @@ def _main(argv: list[str] | None) -> int:
     if args.report_only:
         return _report_only(args)
     arms, seeds = checked(args)
-    device = choose_device(args.device)
-    if args.graph and device.type != "cuda":
-        raise ValueError(f"graph={args.graph}: needs a CUDA device, got {device}")
+    device = choose_device(args.device, args.graph)
     rows = rows_of(args.out, args.resume)
     names = list(dict.fromkeys([arm.text for arm in arms] + [str(row.get("arm")) for row in rows]))
     reference = reference_of(args.reference, names)

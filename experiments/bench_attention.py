@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 import triton
+from _speed_plot import dense_times, plot_speed
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -307,24 +308,29 @@ def row(implementation, setting, length, batch, kind, ms, peak, launched) -> dic
     }
 
 
-def table(rows: list[dict]) -> None:
-    """Milliseconds and speed-up over the faster dense backend at the same length and pass."""
-    best: dict = {}
-    for r in rows:
-        if r["implementation"].startswith("sdpa"):
-            key = r["length"], r["pass"]
-            best[key] = min(best.get(key, float("inf")), r["ms"])
-    print(
-        f"{'implementation':16s}{'setting':10s}{'length':>8s} {'pass':8s}{'ms':>9s}{'launched':>9s}"
-        f"{'MiB':>7s}{'x dense':>9s}"
+HEAD = (
+    f"{'implementation':16s}{'setting':10s}{'length':>8s} {'pass':8s}{'ms':>9s}{'launched':>9s}{'MiB':>7s}"
+    f"{'x dense':>9s}"
+)
+
+
+def line(row: dict, best: dict) -> str:
+    """One row, with its speed-up over the faster dense backend at the same length and pass."""
+    dense = best.get((row.get("commit"), row["length"], row["pass"]))
+    speed = f"{dense / row['ms']:9.2f}" if dense else f"{'-':>9s}"
+    return (
+        f"{row['implementation']:16s}{row['setting']:10s}{row['length']:8d} {row['pass']:8s}"
+        f"{row['ms']:9.3f}{row['launched_ms']:9.3f}{row['peak_mib']:7.0f}{speed}"
     )
-    for r in sorted(rows, key=lambda r: (r["pass"], r["length"], r["implementation"], r["setting"])):
-        dense = best.get((r["length"], r["pass"]))
-        speed = f"{dense / r['ms']:9.2f}" if dense else f"{'-':>9s}"
-        print(
-            f"{r['implementation']:16s}{r['setting']:10s}{r['length']:8d} {r['pass']:8s}"
-            f"{r['ms']:9.3f}{r['launched_ms']:9.3f}{r['peak_mib']:7.0f}{speed}"
-        )
+
+
+def report(rows: list[dict], folder: Path) -> None:
+    """The table, on stdout, and the picture."""
+    print(HEAD)
+    best = dense_times(rows)
+    for one in sorted(rows, key=lambda r: (r["pass"], r["length"], r["implementation"], r["setting"])):
+        print(line(one, best))
+    plot_speed(rows, folder / "attention_speed.png")
 
 
 def parts_of(setting: dict, length: int, tokens: int, dtype: torch.dtype, repeats: int) -> None:
@@ -374,6 +380,17 @@ def parts_of(setting: dict, length: int, tokens: int, dtype: torch.dtype, repeat
             print(f"  {name:44s}{ms:9.3f} ms {rate}")
 
 
+def report_only(folder: Path) -> int:
+    path = folder / "attention_speed.json"
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        print(f"bench_attention: out={str(folder)!r}: no readable {path.name} ({error})", file=sys.stderr)
+        return 2
+    report(rows, folder)
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", default="4096,8192,16384,32768,65536,131072")
@@ -384,7 +401,10 @@ def main() -> int:
     parser.add_argument("--peers", action="store_true", help="also time FlexAttention and fla-core's NSA")
     parser.add_argument("--parts", action="store_true", help="time the parts of the first setting at 32K")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--report-only", action="store_true", help="table and picture of the rows in DIR")
     args = parser.parse_args()
+    if args.report_only:
+        return report_only(args.out)
     if not torch.cuda.is_available():
         print("bench_attention: device: needs a CUDA GPU", file=sys.stderr)
         return 2
@@ -408,6 +428,8 @@ def main() -> int:
     if args.peers:
         rows += nsa_rows(lengths, tokens, args.repeats, dtype)
     red = []
+    best = dense_times(rows)
+    print(HEAD)
     for name in args.settings.split(","):
         good, ratio = False, {}
         with attempt(f"check {name}"):
@@ -426,15 +448,17 @@ def main() -> int:
             with attempt(f"coga {name} {length}"):
                 compiled = torch.compile(module, fullgraph=True)
                 found = measure(compiled, x, context, args.repeats)
-                rows += [row("coga", name, length, batch, p, *v) for p, v in found.items()]
+                new = [row("coga", name, length, batch, p, *v) for p, v in found.items()]
+                rows += new
                 save()
+                print(*(line(one, best) for one in new), sep="\n", flush=True)
             torch.compiler.reset()
     if args.parts:
         print("parts, forward, uncompiled, at 32,768:")
         with attempt("parts"):
             parts_of(SETTINGS[args.settings.split(",")[0]], 32768, args.tokens, dtype, args.repeats)
     save()
-    table(rows)
+    report(rows, args.out)
     if red:
         print(f"no speed for {', '.join(red)}: the check is red", file=sys.stderr)
     return 1 if red else 0

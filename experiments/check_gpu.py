@@ -23,16 +23,17 @@ from _common import StrictParser, fail, make_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = "4096,8192,16384,32768,65536,131072"
+LONGCTX = ["experiments/longctx.py", "--n", "32768", "--preset", "gpt2"]
 # Step: share of the time, arguments of Python. Order is the order of importance.
 STEPS: dict[str, tuple[float, list[str]]] = {
-    "tests": (0.35, ["-m", "pytest", "-m", "gpu", "-v", "--tb=short", "--maxfail=9", "tests/kernels"]),
-    "attention": (0.25, ["experiments/bench_attention.py", "--settings", "fixed,R64-K8", "--parts"]),
-    "model": (0.2, ["experiments/bench_model.py"]),
-    "longctx": (0.2, ["experiments/longctx.py", "--n", "32768", "--preset", "gpt2", "--steps", "5",
-                      "--warmup-steps", "2", "--sample", "16", "--compile"]),
+    "tests": (0.33, ["-m", "pytest", "-m", "gpu", "-vv", "--tb=short", "--maxfail=9", "tests/kernels"]),
+    "attention": (0.37, ["experiments/bench_attention.py", "--repeats", "9", "--parts"]),
+    "model": (0.15, ["experiments/bench_model.py"]),
+    "longctx": (0.15, [*LONGCTX, "--steps", "12", "--warmup-steps", "2", "--sample", "8"]),
 }  # fmt: skip
 WARM = [["experiments/bench_attention.py", "--repeats", "1", "--lengths", n] for n in LENGTHS.split(",")]
 WARM.append(["experiments/bench_model.py", "--repeats", "1"])
+WARM.append([*LONGCTX, "--steps", "2", "--warmup-steps", "1", "--sample", "2"])
 
 
 def start(arguments: list[str], log: Path) -> subprocess.Popen:
@@ -58,7 +59,7 @@ def end(process: subprocess.Popen, seconds: float) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = StrictParser(description=__doc__.splitlines()[0], formatter_class=argparse.HelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0, help="all in all (9)")
-    parser.add_argument("--workers", type=int, default=4, help="processes of pytest, with pytest-xdist (4)")
+    parser.add_argument("--workers", type=int, default=8, help="processes of pytest, with pytest-xdist (8)")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="DIR")
     try:
         args = parser.parse_args(argv)
@@ -83,7 +84,11 @@ def main(argv: list[str] | None = None) -> int:
     for name, (share, command) in STEPS.items():
         began = time.monotonic()
         limit = min(share * 60 * args.minutes, until - began)
-        extra = ["-n", str(args.workers)] if name == "tests" else ["--out", str(out / name)]
+        extra = (
+            ["-n", str(args.workers), "--dist", "loadgroup"]
+            if name == "tests"
+            else ["--out", str(out / name)]
+        )
         codes[name] = end(start([*command, *extra], out / f"{name}.log"), limit)
         if name == "tests":
             for one in warm:

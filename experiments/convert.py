@@ -28,6 +28,7 @@ from _convert import Reading, figures, parse_reading, plot_finetune, plot_table,
 from _fit import fit, validate
 from _rows import append_row, provenance
 from _script import (
+    add_graph,
     add_model_arguments,
     at_least,
     file_hash,
@@ -55,6 +56,7 @@ FINETUNING = 10**6  # the batches of fine-tuning start at this step: not those o
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     made = parser(__doc__.splitlines()[0], "runs/convert")
     add_model_arguments(made)
+    add_graph(made)
     add = made.add_argument
     add("--checkpoint", type=Path, metavar="DIR", help="a `full` model; without it, --train STEPS")
     add("--train", type=int, default=0, metavar="STEPS", help="train a full model first, at length n")
@@ -157,6 +159,7 @@ class Run:
             lr=lr,
             warmup=max(1, steps // 10),
             device=self.device,
+            graphed=args.graph,
             title=title,
         )
         if fitted.diverged:
@@ -238,7 +241,7 @@ def _choose(args: argparse.Namespace, rows: list[dict[str, Any]]) -> Reading:
 def body(argv: list[str] | None) -> None:
     args = arguments(argv)
     model, config, wanted = check(args)
-    device = choose_device(args.device)
+    device = choose_device(args.device, args.graph)
     corpus = load_corpus(args.data, length=args.n)
     if config.vocab_size < corpus.vocab_size:
         raise ValueError(f"vocab_size={config.vocab_size}: must be at least the text's {corpus.vocab_size}")

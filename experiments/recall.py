@@ -38,6 +38,7 @@ from _recall import Row, Vocabulary, classes, mqar, needle, recalled, scattered,
 from _recall_plots import plot_all
 from _rows import append_row, provenance
 from _script import (
+    add_graph,
     add_model_arguments,
     at_least,
     model_changes,
@@ -70,6 +71,7 @@ EVALUATION = 10**9  # the steps whose random numbers evaluation takes: no traini
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     made = parser(__doc__.splitlines()[0], "runs/recall")
     add_model_arguments(made)
+    add_graph(made)
     add = made.add_argument
     add(
         "--arms",
@@ -220,6 +222,7 @@ def _train(model: CoGAGPT, args: argparse.Namespace, first: int, steps: int, lr:
         lr=lr,
         warmup=max(1, min(100, steps // 10)),
         device=model.embedding.weight.device,
+        graphed=args.graph,
         title=title,
     )
     if fitted.diverged:
@@ -282,7 +285,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 def body(argv: list[str] | None) -> None:
     args = arguments(argv)
     arms = check(args)
-    device = choose_device(args.device)
+    device = choose_device(args.device, args.graph)
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "arms")}
     settings["set"] = dict(args.set)
     show("recall.py", {"arms": [arm.text for arm, _ in arms], **settings}, device, args.out)

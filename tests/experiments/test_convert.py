@@ -170,6 +170,7 @@ BAD = {
     "arm": (["--finetune", "2", "--finetune-arm", "kmeans"], "finetune_arm='kmeans'"),
     "arm-alone": (["--finetune-arm", "near"], "needs --finetune"),
     "device": (["--device", "abacus"], "device='abacus'"),
+    "graph": (["--graph", "--device", "cpu"], "graph=True: needs a CUDA device"),
     "missing": (["--data", "/nowhere/text"], "existing file or folder"),
     "no-checkpoint": (["--checkpoint", "/nowhere/model"], "does not exist"),
     "flag": (["--colour"], "--colour"),

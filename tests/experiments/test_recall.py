@@ -220,6 +220,7 @@ BAD = {
     "window": (["--window", "18"], "multiple of every group size"),
     "preset": (["--preset", "huge"], "preset='huge'"),
     "device": (["--device", "abacus"], "device='abacus'"),
+    "graph": (["--graph", "--device", "cpu"], "graph=True: needs a CUDA device"),
     "lr": (["--lr", "nan"], "lr=nan"),
     "seed": (["--seed", "-1"], "seed=-1"),
     "vocabulary": (["--set", "vocab_size=4"], "vocab_size=4"),

@@ -38,6 +38,11 @@ def gpu_model(train: bool = True, seed: int = 0, **changes) -> CoGAGPT:
     return model.cuda().train(train)
 
 
+def one_worker_each(*values: str) -> list:
+    """Cases that share their kernels, for `pytest -n 8 --dist loadgroup`: compiling is most of the time."""
+    return [pytest.param(value, marks=pytest.mark.xdist_group(value)) for value in values]
+
+
 @pytest.fixture(autouse=True)
 def quiet():
     """Warnings of compilers are theirs."""
@@ -48,7 +53,7 @@ def quiet():
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("grouping", GROUPINGS)
-@pytest.mark.parametrize("layers", ["near 8 16", "8 full 64", "mha 16 near"])
+@pytest.mark.parametrize("layers", one_worker_each("near 8 16", "8 full 64", "mha 16 near"))
 def test_no_leak(layers, grouping, train):
     """A changed suffix leaves earlier logits as they are, to the bit; and no gradient comes from later on."""
     model = gpu_model(train, layers=layers, grouping=grouping)
