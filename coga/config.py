@@ -68,6 +68,7 @@ class CoGAConfig:
         window         W, tokens in a window; one or one per layer
         band           reach of the reciprocal term in tokens, at most W; reciprocal: on among near tokens
         alpha_warmup   steps over which the reciprocal term is faded in (0: at once)
+        gain_init      start of the learned per-head gain on all scores (norms of q and key are fixed)
         sink           a learned per-head logit that lets a head read nothing
         output_gate    y * sigmoid(W_g x) before the output projection
     Groups
@@ -114,6 +115,7 @@ class CoGAConfig:
     band: int = 64
     reciprocal: bool = True
     alpha_warmup: int = 0
+    gain_init: float = 2.0
     sink: bool = True
     output_gate: bool = True
 
@@ -160,7 +162,7 @@ class CoGAConfig:
                 raise _bad(name, getattr(self, name), f"must be one of {', '.join(choices)}")
         if self.rope_dim < 0 or self.rope_dim % 2:
             raise _bad("rope_dim", self.rope_dim, "must be even and at least 0")
-        for name in ("rope_theta", "mlp_ratio", "init_std", "norm_eps", "beta"):
+        for name in ("rope_theta", "mlp_ratio", "init_std", "norm_eps", "beta", "gain_init"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise _bad(name, getattr(self, name), "must be a finite number above 0")
         for name in ("tau_start", "tau_end"):

@@ -39,7 +39,7 @@ class LatentProjections(nn.Module):
         dim = config.d_model
         self.query = nn.Linear(dim, self.heads * self.width, bias=False)
         self.latent = nn.Linear(dim, self.width, bias=False)
-        self.gain_H = nn.Parameter(torch.ones(self.heads))
+        self.gain_H = nn.Parameter(torch.full((self.heads,), config.gain_init))
         self.up_HCE = nn.Parameter(torch.empty(self.heads, self.content, dim // self.heads))
         self.gate = nn.Linear(dim, dim, bias=False) if config.output_gate else None
         self.out = nn.Linear(dim, dim, bias=False)

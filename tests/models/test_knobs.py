@@ -47,6 +47,7 @@ CHANGED: dict[str, tuple[object, dict]] = {
     "band": (5, {}),
     "reciprocal": (False, {}),
     "alpha_warmup": (100, {}),
+    "gain_init": (3.0, {}),
     "sink": (False, {}),
     "output_gate": (False, {}),
     "grouping": ("kmeans", {}),
