@@ -130,7 +130,7 @@ class CoGAConfig:
     reciprocal_groups: bool = True
     far_bias_init: float = -2.0
 
-    noise: float = 1.0
+    noise: float = 0.0
     tau_start: float = 1.0
     tau_end: float = 0.3
     tau_steps: int = 1000

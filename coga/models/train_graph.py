@@ -7,8 +7,8 @@
 
 A step is forward, backward, clipping, `optimizer.step()` and `model.update_groups`. The first calls run
 kernel by kernel, which compiles what has to be compiled; then the step is recorded, and every call is a
-replay. Replayed or not, the numbers are the same. Short sequences and narrow models gain most: there the host
-is slower than the GPU.
+replay. Replayed or not, the numbers are the same. It helps where the host is slower than the GPU; by how much
+it helped where is in docs/performance.md.
 """
 
 from __future__ import annotations

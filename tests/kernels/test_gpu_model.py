@@ -32,7 +32,7 @@ def gpu_model(train: bool = True, seed: int = 0, **changes) -> CoGAGPT:
     """Three layers of widths that differ, every parameter set, on the GPU with the Triton backend."""
     values = dict(
         n_layer=3, n_head=3, d_model=48, latent_dim=32, rope_dim=16, window=W, band=20, open_groups=3,
-        layers="near 8 16", mlp_ratio=2.0, max_len=1024, backend="triton",
+        layers="near 8 16", mlp_ratio=2.0, max_len=1024, noise=1.0, backend="triton",
     )  # fmt: skip
     model = perturb(CoGAGPT(CoGAConfig(**{**values, **changes})), seed)
     return model.cuda().train(train)
