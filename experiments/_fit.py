@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from coga.grouping.metrics import coherence, flip_rate, prototype_use
 from coga.models import CoGAGPT
-from coga.models.train_graph import GraphedStep
+from coga.models.train_graph import GraphedStep, train_step
 
 __all__ = [
     "Fitted",
@@ -211,23 +211,7 @@ def fit(
     optimizer = make_optimizer(model, lr, device, graphed)
     if compiled:
         model.compile_blocks()  # models of the same shape share what is compiled
-    parameters = list(model.parameters())
     recorded = GraphedStep(model, optimizer, clip=CLIP) if graphed else None
-
-    def one_step(step: int, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        if recorded is not None:
-            return recorded(tokens, targets)
-        with precision(device):
-            out = model(tokens, targets, noise_step=step)
-            total = out.total_loss
-        total.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP).detach()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        model.update_groups(out)
-        assert out.loss is not None
-        return out.loss.detach(), norm
-
     every, probed = max(1, steps // FETCHES), _probe_steps(steps) if probe_T is not None else set()
     steady = min(steps - 1, max(1, min(20, steps // 4)))
     pending: list[Tensor] = []
@@ -242,7 +226,11 @@ def fit(
                 since, paused_before, counted = time.monotonic(), paused, found.tokens
             _set_rate(optimizer, rate_at(step, steps, lr, warmup))
             tokens, targets = _to(device, *batches(step))
-            loss, norm = one_step(step, tokens, targets)
+            if recorded is not None:
+                loss, norm = recorded(tokens, targets)
+            else:
+                given = model, optimizer, tokens, targets, step
+                loss, norm = train_step(*given, clip=CLIP, autocast=precision(device))
             pending.append(loss)
             norms.append(norm)
             found.tokens += tokens.numel()

@@ -107,7 +107,7 @@ def _latent_masses(seen: Seen, position: Tensor) -> Iterator[tuple[Tensor, Tenso
     far: Far | None = None
     order = None
     if module.layer.kind == "group":
-        grouping, far = module._groups(x, latent, q.mean(2), context)
+        grouping, far = module._groups(x, q, latent, context)
         order = None if grouping is None else grouping.order_BS
         if far is not None and module._opens_all(far.group_BML.shape[1]):
             far, window = None, None

@@ -150,7 +150,7 @@ def inputs_of(module: CoGAAttention, config: CoGAConfig, length: int, dtype: tor
         x = torch.randn(1, length, DIM, device=device)
         table = context.tables[config.rope_dim]
         q, latent = module.projections.queries(x, table), module.projections.latents(x, table)
-        far = module._groups(x, latent, q.mean(2), context)[1] if module.layer.kind == "group" else None
+        far = module._groups(x, q, latent, context)[1] if module.layer.kind == "group" else None
     return q, latent, far
 
 
@@ -346,17 +346,19 @@ def parts_of(setting: dict, length: int, tokens: int, dtype: torch.dtype, repeat
         content=projections.content, band=config.band, alpha_H=module.alpha_H, sink_H=module.sink_H
     )
     with torch.no_grad():
-        q, latent, index_q = projections.enter(x, table_, "auto")
-        _, far = module._groups(x, latent, index_q, context)
+        q, latent, mean_q = projections.enter(x, table_, "auto")
+        _, far = module._groups(x, q, latent, context, mean_q)
         closed = replace(far, open_BTK=None, slot_BSL=None)
         score = torch.randn(batch * length // layer.window, layer.window, layer.groups, device="cuda")
         mixed, _ = dispatch.attend(q, latent, window=layer.window, far=far, **options)
         pieces = {
             "projections in": lambda: projections.enter(x, table_, "auto"),
-            "grouping, pooling, group level, selection": lambda: module._groups(x, latent, index_q, context),
+            "grouping, pooling, group level, selection": lambda: module._groups(
+                x, q, latent, context, mean_q
+            ),
             "capacity assignment": lambda: dispatch.assign(score, layer.slots),
             "selection": lambda: dispatch.select(
-                index_q,
+                mean_q,
                 far.group_BML,
                 far.log_size_BM,
                 count=layer.open_groups,
@@ -384,14 +386,17 @@ def report_only(folder: Path) -> int:
     path = folder / "attention_speed.json"
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
+        wanted = {"implementation", "setting", "length", "pass", "ms", "launched_ms", "peak_mib"}
+        if not isinstance(rows, list) or not all(isinstance(r, dict) and wanted <= r.keys() for r in rows):
+            raise ValueError("not the rows of this benchmark")
+        report(rows, folder)
     except (OSError, ValueError) as error:
         print(f"bench_attention: out={str(folder)!r}: no readable {path.name} ({error})", file=sys.stderr)
         return 2
-    report(rows, folder)
     return 0
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", default="4096,8192,16384,32768,65536,131072")
     parser.add_argument("--settings", default="fixed", help=f"of {', '.join(SETTINGS)}")
@@ -402,7 +407,7 @@ def main() -> int:
     parser.add_argument("--parts", action="store_true", help="time the parts of the first setting at 32K")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     parser.add_argument("--report-only", action="store_true", help="table and picture of the rows in DIR")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.report_only:
         return report_only(args.out)
     if not torch.cuda.is_available():

@@ -44,7 +44,7 @@ def real_groups() -> tuple[torch.Tensor, torch.Tensor]:
     table = context.tables[attention.projections.rotary]
     q = attention.projections.queries(x, table)
     latent = attention.projections.latents(x, table)
-    _, far = attention._groups(x, latent, q.mean(2), context)
+    _, far = attention._groups(x, q, latent, context)
     opened = select(
         q.mean(2)[:, -1:],
         torch.tensor([T - 1]),

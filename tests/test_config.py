@@ -44,6 +44,8 @@ BAD = [
     ("tau_end", 0.0, "above 0"),
     ("tau_start", float("inf"), "finite"),
     ("noise", -1.0, "at least 0"),
+    ("gain_init", 0.0, "finite number above 0"),
+    ("gain_init", float("nan"), "finite number above 0"),
     ("entropy_weight", float("nan"), "finite"),
     ("slow_decay", 1.0, "in [0, 1)"),
     ("revive", 1.0, "below 1"),

@@ -71,7 +71,7 @@ def pool(x_BSD: Tensor, grouping: Grouping) -> Tensor:
     x = x_BSD.reshape(batch, windows, width, -1)
     total = weight.to(x.dtype).transpose(-1, -2) @ x
     count = grouping.size_BM.view(batch, windows, groups, 1).clamp_min(1)
-    return (total / count).flatten(1, 2).to(x_BSD.dtype)
+    return (total / count).flatten(1, 2)
 
 
 class BaseGrouping(nn.Module):

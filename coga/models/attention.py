@@ -76,10 +76,10 @@ class CoGAAttention(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: CallContext) -> AttentionOutput:
         table = context.tables[self.projections.rotary]
-        q, latent, index_q = self.projections.enter(x_BTD, table, context.backend)
+        q, latent, mean_q = self.projections.enter(x_BTD, table, context.backend)
         grouping, far = None, None
         if self.layer.kind == "group":
-            grouping, far = self._groups(x_BTD, latent, index_q, context)
+            grouping, far = self._groups(x_BTD, q, latent, context, mean_q)
         window = None if self.layer.kind == "full" else self.layer.window
         if far is not None and self._opens_all(far.group_BML.shape[1]):
             far, window = None, None
@@ -115,7 +115,12 @@ class CoGAAttention(nn.Module):
         return self.route_full and self.layer.open_groups >= groups
 
     def _groups(
-        self, x_BTD: Tensor, latent_BTL: Tensor, index_q_BTL: Tensor, context: CallContext
+        self,
+        x_BTD: Tensor,
+        q_BTHL: Tensor,
+        latent_BTL: Tensor,
+        context: CallContext,
+        mean_q_BTL: Tensor | None = None,
     ) -> tuple[Grouping | None, Far | None]:
         """Form the groups of the closed windows; `Far` holds those that some token of the call may read."""
         layer, batch, length = self.layer, x_BTD.shape[0], x_BTD.shape[1]
@@ -141,8 +146,8 @@ class CoGAAttention(nn.Module):
             refined = self.group_level(
                 state, raw, sizes, self.projections, table, self.warmth(context), context.backend
             )
-        parts = (refined[:, :read].to(index_q_BTL.dtype), sizes[:, :read])
-        return grouping, self._far(index_q_BTL, latent_BTL[:, :end], *parts, grouping, context)
+        parts = (refined[:, :read].to(q_BTHL.dtype), sizes[:, :read])
+        return grouping, self._far(q_BTHL, mean_q_BTL, latent_BTL[:, :end], *parts, grouping, context)
 
     def _form(self, latent: Tensor, windows: int, batch: int, context: CallContext) -> Grouping:
         width = self.layer.window
@@ -161,13 +166,13 @@ class CoGAAttention(nn.Module):
             ),
         )
 
-    def _far(self, index_q, latent, group, log_sizes, grouping: Grouping, context: CallContext) -> Far:
+    def _far(self, q, mean_q, latent, group, log_sizes, grouping: Grouping, context: CallContext) -> Far:
         """The groups that some token may read, with the selection of each token."""
         layer, read = self.layer, group.shape[1]
         opened = slot = None
         if layer.open_groups > 0:
             opened = dispatch.select(
-                index_q,
+                q.mean(2) if mean_q is None else mean_q,
                 group,
                 log_sizes,
                 count=layer.open_groups,

@@ -53,13 +53,12 @@ class LatentProjections(nn.Module):
 
     def enter(
         self, x_BTD: Tensor, table: tuple[Tensor, Tensor], backend: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`queries`, `latents` and the mean of the queries over heads (no gradient), (B, T, L)."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`queries`, `latents` and, where it comes for free, the mean of the queries over heads (B, T, L)."""
         if dispatch.fuses_projections(backend, x_BTD):
             raw = linear(x_BTD, torch.cat([self.query.weight, self.latent.weight]))
             return dispatch.project(raw, table, self.gain_H, content=self.content, eps=self.eps)
-        q = self.queries(x_BTD, table)
-        return q, self.latents(x_BTD, table), q.detach().mean(2)
+        return self.queries(x_BTD, table), self.latents(x_BTD, table), None
 
     def queries(self, x_BTD: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         """Scaled queries (B, T, H, L)."""

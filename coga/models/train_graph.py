@@ -13,16 +13,40 @@ it helped where is in docs/performance.md.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from coga.models.gpt import CoGAGPT
 
-__all__ = ["GraphedStep"]
+__all__ = ["GraphedStep", "train_step"]
 
 WARM = 3  # calls before the recording
+
+
+def train_step(
+    model: CoGAGPT,
+    optimizer: torch.optim.Optimizer,
+    tokens_BT: Tensor,
+    targets_BT: Tensor,
+    noise_step: Tensor | int,
+    *,
+    clip: float | None = None,
+    autocast: AbstractContextManager,
+) -> tuple[Tensor, Tensor]:
+    """One step, launched: loss and gradient norm before clipping. Forward runs under `autocast`."""
+    with autocast:
+        out = model(tokens_BT, targets_BT, noise_step=noise_step)
+        total = out.total_loss
+    total.backward()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if clip is None else clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    model.update_groups(out)
+    assert out.loss is not None
+    return out.loss.detach(), norm.detach()
 
 
 class GraphedStep:
@@ -53,7 +77,6 @@ class GraphedStep:
             rule = "cannot be recorded, for what a step does would change; use freeze_step=None"
             raise ValueError(f"freeze_step={model.config.freeze_step}: {rule}")
         self.model, self.optimizer, self.clip, self.dtype = model, optimizer, clip, dtype
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.noise_step = torch.zeros((), dtype=torch.int64, device=self.device)
         self.calls = 0
         self.tokens: Tensor | None = None
@@ -64,18 +87,11 @@ class GraphedStep:
 
     def _run(self) -> tuple[Tensor, Tensor]:
         on = nullcontext() if self.dtype is None else torch.autocast("cuda", self.dtype)
-        with on:
-            out = self.model(self.tokens, self.targets, noise_step=self.noise_step)
-            total = out.total_loss
-        total.backward()
-        limit = float("inf") if self.clip is None else self.clip
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.model.update_groups(out)
+        assert self.tokens is not None and self.targets is not None
+        given = self.model, self.optimizer, self.tokens, self.targets, self.noise_step
+        found = train_step(*given, clip=self.clip, autocast=on)
         self.noise_step += 1
-        assert out.loss is not None
-        return out.loss.detach(), norm.detach()
+        return found
 
     def _take(self, tokens_BT: Tensor, targets_BT: Tensor) -> None:
         """Into the storage that the graph reads."""

@@ -32,6 +32,7 @@ def outputs(module: LatentProjections, x: torch.Tensor, grads: list, backend: st
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
     position = torch.arange(x.shape[1], device="cuda")
     q, latent, mean = module.enter(x, rotary_table(position, module.rotary, 1e4, kind), backend)
+    mean = q.mean(2) if mean is None else mean
     wanted = (x, module.gain_H, module.query.weight, module.latent.weight)
     found = torch.autograd.grad((q, latent), wanted, [g.to(q.dtype) for g in grads])
     return [t.detach().double() for t in (q, latent, mean, *found)]
