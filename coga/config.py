@@ -79,6 +79,7 @@ class CoGAConfig:
         refine_gradient "last" (straight through the earlier steps) or "all"
         kmeans_steps   Lloyd steps of the "kmeans" grouping
         refine_groups  groups attend to groups; reciprocal_groups: with the reciprocal term
+        far_warmup     steps over which everything far is faded in, geometrically (0: at once)
         far_bias_init  start of the learned per-head bias on group summaries (below 0: they start small)
     Noise and stabilisers (`gumbel` only)
         noise          scale of the Gumbel noise in training (0: none)
@@ -128,6 +129,7 @@ class CoGAConfig:
     kmeans_steps: int = 8
     refine_groups: bool = True
     reciprocal_groups: bool = True
+    far_warmup: int = 0
     far_bias_init: float = -2.0
 
     noise: float = 0.0
@@ -176,7 +178,7 @@ class CoGAConfig:
                 raise _bad(name, getattr(self, name), f"must be at most {LARGEST_SCORE:g}")
         if self.hysteresis > 0 and not self.slow_prototypes:
             raise _bad("hysteresis", self.hysteresis, "needs slow_prototypes, whose choice it keeps")
-        for name in ("refine_steps", "kmeans_steps", "tau_steps", "alpha_warmup", "band"):
+        for name in ("refine_steps", "kmeans_steps", "tau_steps", "alpha_warmup", "far_warmup", "band"):
             if getattr(self, name) < 0:
                 raise _bad(name, getattr(self, name), "must be at least 0")
         if not math.isfinite(self.far_bias_init):

@@ -62,6 +62,7 @@ class Far:
     open_BTK      int64, groups opened by each token, ascending, -1 for none; None when K = 0
     groups        G, groups in a window
     slots         the most members a group can have
+    open_shift    scalar added to the scores of opened members, without a gradient; None for none
     """
 
     group_BML: Tensor
@@ -73,3 +74,4 @@ class Far:
     open_BTK: Tensor | None
     groups: int
     slots: int
+    open_shift: Tensor | None = None

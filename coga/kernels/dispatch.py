@@ -57,7 +57,7 @@ def _bodies(backend: str, device: torch.device):
     return triton_ops
 
 
-def _far(group, log_size, far_bias, slot, offset, size, open_groups, groups, slots) -> Far | None:
+def _far(group, log_size, far_bias, slot, offset, size, open_groups, shift, groups, slots) -> Far | None:
     if group is None:
         return None
     return Far(
@@ -70,6 +70,7 @@ def _far(group, log_size, far_bias, slot, offset, size, open_groups, groups, slo
         open_BTK=open_groups,
         groups=groups,
         slots=slots,
+        open_shift=shift,
     )
 
 
@@ -95,6 +96,7 @@ def _attend(
     offset: Tensor | None,
     size: Tensor | None,
     open_groups: Tensor | None,
+    shift: Tensor | None,
     content: int,
     window: int,
     band: int,
@@ -102,7 +104,7 @@ def _attend(
     slots: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    far = _far(group, log_size, far_bias, slot, offset, size, open_groups, groups, slots)
+    far = _far(group, log_size, far_bias, slot, offset, size, open_groups, shift, groups, slots)
     out, lse = _bodies(backend, q.device).attend(
         q,
         latent,
@@ -117,7 +119,7 @@ def _attend(
 
 
 @_attend.register_fake
-def _(q, latent, alpha, sink, group, far_bias, slot, log_size, offset, size, open_groups, content, *rest):
+def _(q, latent, alpha, sink, group, far_bias, slot, log_size, offset, size, opened, shift, content, *rest):
     rows = q.shape[:3]
     return q.new_empty(*rows, content), q.new_empty(rows, dtype=_wide_dtype(q.dtype))
 
@@ -138,6 +140,7 @@ def _attend_backward(
     offset: Tensor | None,
     size: Tensor | None,
     open_groups: Tensor | None,
+    shift: Tensor | None,
     content: int,
     window: int,
     band: int,
@@ -145,7 +148,7 @@ def _attend_backward(
     slots: int,
     backend: str,
 ) -> list[Tensor]:
-    far = _far(group, log_size, far_bias, slot, offset, size, open_groups, groups, slots)
+    far = _far(group, log_size, far_bias, slot, offset, size, open_groups, shift, groups, slots)
     options = dict(content=content, window=window or None, band=band, alpha_H=alpha, sink_H=sink, far=far)
     grads = _bodies(backend, q.device).attend_backward(grad, out, lse, q, latent, **options)
     inputs = dict(zip(NAMES, (q, latent, alpha, sink, group, far_bias, slot), strict=True))
@@ -164,15 +167,15 @@ def _(grad, out, lse, q, latent, alpha, sink, group, far_bias, slot, *rest):
 
 def _attend_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*output, *inputs[:11])
-    ctx.rest = inputs[11:]
+    ctx.save_for_backward(*output, *inputs[:12])
+    ctx.rest = inputs[12:]
 
 
 def _attend_autograd(ctx, grad, _grad_lse):
     out, lse, *saved = ctx.saved_tensors
     grads = iter(_attend_backward(grad.contiguous(), out, lse, *saved, *ctx.rest))
     found = [None if x is None else next(grads) for x in saved[: len(NAMES)]]
-    return (*found, *[None] * (4 + len(ctx.rest)))
+    return (*found, *[None] * (5 + len(ctx.rest)))
 
 
 _attend.register_autograd(_attend_autograd, setup_context=_attend_setup)
@@ -206,9 +209,8 @@ def attend(
             far.offset_BM,
             far.size_BM,
             far.open_BTK,
+            None if far.open_shift is None else far.open_shift.detach(),
         )
-    else:
-        parts = (None,) * 7
     return _attend(
         q_BTHL, latent_BTL, alpha_H, sink_H, *parts, content, window or 0, band, groups, slots, backend
     )
@@ -291,14 +293,18 @@ def group_attend(
 # -------------------------------------------------------------------------------------------- project
 
 
-@torch.library.custom_op("coga::project", mutates_args=())
+# Any layout will do: told otherwise, Inductor copies x, whose rows it likes to pad.
+_LAYOUT = (torch.Tag.flexible_layout,)
+
+
+@torch.library.custom_op("coga::project", mutates_args=(), tags=_LAYOUT)
 def _project(
     x: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, content: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     from coga.kernels import triton_project
 
-    tensors = (t.contiguous() for t in (x, cos, sin, gain))
-    return triton_project.project(*tensors, content=content, eps=eps)
+    tensors = (t.contiguous() for t in (cos, sin, gain))
+    return triton_project.project(x, *tensors, content=content, eps=eps)
 
 
 @_project.register_fake
@@ -309,7 +315,7 @@ def _(x, cos, sin, gain, content, eps):
     return x.new_empty(*rows, len(gain), width), x.new_empty(*rows, extra * width), x.new_empty(*rows, width)
 
 
-@torch.library.custom_op("coga::project_backward", mutates_args=())
+@torch.library.custom_op("coga::project_backward", mutates_args=(), tags=_LAYOUT)
 def _project_backward(
     dq: Tensor,
     dlatent: Tensor,
@@ -322,8 +328,8 @@ def _project_backward(
 ) -> tuple[Tensor, Tensor]:
     from coga.kernels import triton_project
 
-    tensors = (t.contiguous() for t in (dq, dlatent, x, cos, sin, gain))
-    dx, dgain = triton_project.project_backward(*tensors, content=content, eps=eps)
+    dq, dlatent, cos, sin, gain = (t.contiguous() for t in (dq, dlatent, cos, sin, gain))
+    dx, dgain = triton_project.project_backward(dq, dlatent, x, cos, sin, gain, content=content, eps=eps)
     return dx, dgain.to(gain.dtype)
 
 

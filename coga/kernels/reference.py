@@ -185,7 +185,8 @@ def attention_parts(
     if members is not None:
         latent, mask = members
         direct = q_BtHL @ latent.transpose(-1, -2)
-        parts.append((direct.masked_fill_(~mask[:, :, None], -torch.inf), 0.0))
+        shift = 0.0 if far is None or far.open_shift is None else far.open_shift.to(near.dtype)
+        parts.append((direct.masked_fill_(~mask[:, :, None], -torch.inf), shift))
     if sink_H is not None:
         rows = near.shape[:-1]
         parts.append((sink_H.to(near.dtype)[:, None].expand(*rows, 1).clone(), 0.0))

@@ -5,7 +5,8 @@
     group_attend      the same pass with the bounds and the log sizes of groups
 
 Every kernel of the backward pass reads the log-sum-exp of the whole softmax, so the parts need no order and
-no weights of their own. Shapes and dtypes without a kernel (float64, very wide latents) use the reference.
+no weights of their own: the opened members, bound by the L2 cache, run beside the keys, bound by the tensor
+cores. Shapes and dtypes without a kernel (float64, very wide latents) use the reference.
 
 Legend: B batch, T tokens, H heads, C content width, L = C + P, M groups, G groups in a window, K opened.
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from coga.kernels import reference
+from coga.kernels.beside import beside
 from coga.kernels.triton_assign import assign
 from coga.kernels.triton_flash import CAUSAL, FAR, GROUPED, WINDOWED, flash_forward, opened_bits
 from coga.kernels.triton_flash_backward import delta_rows, keys_gradient, queries_gradient
@@ -88,6 +90,11 @@ class _Plan:
         return self.summary | dict(group_BML=self.far.group_BML, log_size_BM=self.far.log_size_BM)
 
     @property
+    def shift(self) -> Tensor | None:
+        """What the scores of opened members are short of, in float32."""
+        return None if self.far is None else _dense(self.far.open_shift, torch.float32)
+
+    @property
     def opened(self) -> tuple:
         far = self.far
         assert far is not None
@@ -112,7 +119,8 @@ def attend(
     plan = _Plan.of(q_BTHL, latent_BTL, content, window, band, alpha_H, sink_H, far)
     opened = None
     if plan.opens:
-        opened = opened_forward(*plan.opened, content=content, slots=plan.far.slots)
+        out, opened_lse = opened_forward(*plan.opened, content=content, slots=plan.far.slots)
+        opened = out, opened_lse if plan.shift is None else opened_lse + plan.shift
     return flash_forward(
         plan.q, plan.latent, **plan.near, **plan.groups, sink_H=_dense(sink_H), opened=opened
     )
@@ -138,17 +146,21 @@ def attend_backward(
         return reference.attend_backward(grad_BTHC, out_BTHC, lse_BTH, q_BTHL, latent_BTL, **options)
     plan = _Plan.of(q_BTHL, latent_BTL, content, window, band, alpha_H, sink_H, far)
     grad, lse = _dense(grad_BTHC, plan.q.dtype), _dense(lse_BTH)
-    rows = (grad, lse, delta_rows(grad, _dense(out_BTHC)), plan.q)
+    delta = delta_rows(grad, _dense(out_BTHC))
+    rows = (grad, lse, delta, plan.q)
     grads: dict[str, Tensor] = {}
     dq_opened = None
-    if plan.opens:
-        dq_opened, grads["slot"] = opened_backward(
-            *rows[:3], *plan.opened, content=content, slots=plan.far.slots
-        )
+    with beside(grad.device) as join:
+        if plan.opens:
+            own_lse = lse if plan.shift is None else lse - plan.shift  # p = exp(s + shift - lse)
+            dq_opened, grads["slot"] = opened_backward(
+                grad, own_lse, delta, *plan.opened, content=content, slots=plan.far.slots
+            )
     if plan.far is not None:
         options = dict(content=content, mode=FAR.value, unit=window, log_size_BN=plan.far.log_size_BM)
         grads["group"], _ = keys_gradient(*rows, plan.far.group_BML, **options, **plan.summary)
     grads["latent"], dq_band = keys_gradient(*rows, plan.latent, **plan.near)
+    join()
     grads["q"], dc, scalars = queries_gradient(
         *rows,
         plan.latent,

@@ -5,8 +5,9 @@
     mean = sum_h q_h / H                                       what the selection scores groups with
 
 A row of x holds the L columns of each head and, with LATENT, those of the latent after them. Forward reads x
-once and writes q, latent and mean once; backward reads x and the gradients and writes dx once. Everything is
-computed in float32 and rounded at the end. The plain twin is `coga.models.latent.LatentProjections`.
+once and writes q, latent and mean once; backward reads x and the gradients and writes dx once. Rows of x may
+lie further apart than they are wide: compilers pad the output of a matrix product. Everything is computed in
+float32 and rounded at the end. The plain twin is `coga.models.latent.LatentProjections`.
 
 With y = n(x): dx = (g - y mean(g y)) / sqrt(mean(x^2) + eps), g the gradient of y (for the rotary part, that
 of the rotated y turned back); dg_h = sum over rows of dq_h . q_h / g_h, summed in two fixed steps.
@@ -65,6 +66,7 @@ def _forward_kernel(
     mean_ptr,
     count,
     places,
+    stride,
     eps,
     scale,
     H: tl.constexpr,
@@ -88,7 +90,7 @@ def _forward_kernel(
     mean_b = tl.zeros([BT, BR], tl.float32)
     kind: tl.constexpr = q_ptr.dtype.element_ty
     for h in range(0, H + LATENT):
-        x, a, b = _parts(x_ptr + n[:, None] * ((H + LATENT) * L) + h * L, rows, c, r, C, P)
+        x, a, b = _parts(x_ptr + n[:, None] * stride + h * L, rows, c, r, C, P)
         gain = tl.load(gain_ptr + h, mask=h < H, other=0.0).to(tl.float32) * scale
         gain = tl.where(h < H, gain, 1.0)
         x = x * (tl.rsqrt(tl.sum(x * x, 1) / C + eps) * gain)[:, None]
@@ -120,6 +122,7 @@ def _backward_kernel(
     sums_ptr,
     count,
     places,
+    stride,
     eps,
     scale,
     H: tl.constexpr,
@@ -139,8 +142,7 @@ def _backward_kernel(
         cos = _turned(cos_ptr, n, rows, r, places, P)
         sin = _turned(sin_ptr, n, rows, r, places, P)
     for h in range(0, H + LATENT):
-        start = n[:, None] * ((H + LATENT) * L) + h * L
-        x, a, b = _parts(x_ptr + start, rows, c, r, C, P)
+        x, a, b = _parts(x_ptr + n[:, None] * stride + h * L, rows, c, r, C, P)
         # One load from either place: the latent is the head after the last.
         if LATENT:
             base = tl.where(h < H, dq_ptr + h * L, dlatent_ptr)
@@ -167,7 +169,7 @@ def _backward_kernel(
             total += along
             da = (back - a * (along / P)[:, None]) * factor * gain
             db = (gb - b * (along / P)[:, None]) * factor * gain
-        _store(dx_ptr + start, rows, c, r, dx, da, db, C, P)
+        _store(dx_ptr + n[:, None] * ((H + LATENT) * L) + h * L, rows, c, r, dx, da, db, C, P)
         if h < H:
             tl.store(sums_ptr + tl.program_id(0) * H + h, tl.sum(total, 0))
 
@@ -192,10 +194,18 @@ def _launch(x: Tensor, cos: Tensor, heads: int, content: int) -> tuple[tuple, di
     return (triton.cdiv(x.numel() // x.shape[-1], block),), options
 
 
+def _rows(x_BTX: Tensor) -> tuple[Tensor, int]:
+    """x, and how far apart its rows lie; a copy where that is not one number."""
+    even = len(x_BTX) == 1 or x_BTX.stride(0) == x_BTX.shape[1] * x_BTX.stride(1)
+    if not even or x_BTX.stride(2) != 1:
+        x_BTX = x_BTX.contiguous()
+    return x_BTX, x_BTX.stride(1)
+
+
 def project(
     x_BTX: Tensor, cos: Tensor, sin: Tensor, gain_H: Tensor, *, content: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q (B, T, H, L), latent (B, T, L) and mean query (B, T, L), in the dtype of x; contiguous inputs.
+    """q (B, T, H, L), latent (B, T, L) and mean query (B, T, L), in the dtype of x; cos, sin contiguous.
 
     x_BTX     (B, T, H L) or, with the columns of the latent, (B, T, (H + 1) L); without them latent is empty
     cos, sin  (T, P/2) or (B, T, P/2)
@@ -207,8 +217,11 @@ def project(
     latent = x_BTX.new_empty(*rows, width if options["LATENT"] else 0)
     mean = x_BTX.new_empty(*rows, width)
     count, places = rows.numel(), max(1, cos.shape[:-1].numel())
+    x_BTX, stride = _rows(x_BTX)
     outputs = (q, latent if options["LATENT"] else q, mean)
-    _forward_kernel[grid](x_BTX, cos, sin, gain_H, *outputs, count, places, eps, width**-0.5, **options)
+    _forward_kernel[grid](
+        x_BTX, cos, sin, gain_H, *outputs, count, places, stride, eps, width**-0.5, **options
+    )
     return q, latent, mean
 
 
@@ -223,14 +236,15 @@ def project_backward(
     content: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """dx, in the dtype of x, and dgain (H,) in float32; contiguous inputs."""
+    """dx, in the dtype of x, and dgain (H,) in float32; all but x contiguous."""
     heads, scale = len(gain_H), dq_BTHL.shape[-1] ** -0.5
     grid, options = _launch(x_BTX, cos, heads, content)
-    dx = torch.empty_like(x_BTX)
+    dx = torch.empty_like(x_BTX, memory_format=torch.contiguous_format)
+    x_BTX, stride = _rows(x_BTX)
     sums = x_BTX.new_empty(*grid, heads, dtype=torch.float32)
     count, places = x_BTX.shape[:2].numel(), max(1, cos.shape[:-1].numel())
     dlatent = dlatent_BTL if options["LATENT"] else dq_BTHL
     _backward_kernel[grid](
-        x_BTX, cos, sin, gain_H, dq_BTHL, dlatent, dx, sums, count, places, eps, scale, **options
+        x_BTX, cos, sin, gain_H, dq_BTHL, dlatent, dx, sums, count, places, stride, eps, scale, **options
     )
     return dx, sums.sum(0) * scale

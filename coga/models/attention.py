@@ -10,6 +10,7 @@ window, M = N*G groups, K opened groups.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,8 @@ from coga.types import Far, Grouping
 
 __all__ = ["AttentionOutput", "CoGAAttention", "log_size"]
 
+FAINTEST = 1e-3  # weight of the far field at the first step of its warm-up
+
 
 @dataclass(frozen=True)
 class AttentionOutput:
@@ -34,6 +37,14 @@ class AttentionOutput:
     y_BTD: Tensor
     grouping: Grouping | None
     losses: dict[str, Tensor]
+
+
+def _share(step: Tensor | int, steps: int) -> Tensor | float:
+    """min(1, step / steps); 1 where there are no steps."""
+    if steps == 0:
+        return 1.0
+    share = step / steps
+    return share.clamp(0, 1) if isinstance(share, Tensor) else min(1.0, share)
 
 
 def log_size(size_BM: Tensor, dtype: torch.dtype) -> Tensor:
@@ -45,7 +56,8 @@ class CoGAAttention(nn.Module):
     """Attention layer of kind "near", "full" or "group".
 
     Parameters beyond the projections: sink_H, alpha_H (reciprocal term), and for groups far_bias_H, the
-    grouping's prototypes and the group level. `route_full`: with K >= M the exact kernel computes the same.
+    grouping's prototypes and the group level. `route_full`: with K >= M the exact kernel computes the same,
+    but for the weights of a far field that is being faded in.
     """
 
     def __init__(self, config: CoGAConfig, layer: LayerConfig) -> None:
@@ -57,7 +69,7 @@ class CoGAAttention(nn.Module):
         self.sink_H = nn.Parameter(torch.zeros(heads)) if config.sink else None
         self.alpha_H = nn.Parameter(torch.zeros(heads)) if config.reciprocal else None
         self.grouping = self.group_level = None
-        self.route_full = True
+        self.route_full = config.far_warmup == 0
         if layer.kind == "group":
             self.far_bias_H = nn.Parameter(torch.full((heads,), config.far_bias_init))
             self.grouping = build_grouping(config, layer)
@@ -65,11 +77,19 @@ class CoGAAttention(nn.Module):
 
     def warmth(self, context: CallContext) -> Tensor | float:
         """Share of the reciprocal term that is on at this step: min(1, step / alpha_warmup)."""
-        steps = self.config.alpha_warmup
+        return _share(context.step, self.config.alpha_warmup)
+
+    def far_weights(self, context: CallContext) -> tuple[Tensor, Tensor | None]:
+        """Bias of summaries (H,) and shift of opened members: log of what the far field weighs at this step.
+
+        weight = FAINTEST^(1 - min(1, step / far_warmup)): attention learns to read its neighbourhood first.
+        """
+        steps = self.config.far_warmup
         if steps == 0:
-            return 1.0
-        share = context.step / steps
-        return share.clamp(0, 1) if isinstance(share, Tensor) else min(1.0, share)
+            return self.far_bias_H, None
+        missing = 1 - torch.as_tensor(_share(context.step, steps), device=self.far_bias_H.device)
+        shift = math.log(FAINTEST) * missing.to(self.far_bias_H.dtype)
+        return self.far_bias_H + shift, shift
 
     def _alpha(self, context: CallContext) -> Tensor | None:
         return None if self.alpha_H is None else self.alpha_H * self.warmth(context)
@@ -181,14 +201,16 @@ class CoGAAttention(nn.Module):
                 backend=context.backend,
             )
             slot = dispatch.permute(latent, grouping.order_BS)
+        bias, shift = self.far_weights(context)
         return Far(
             group_BML=group.contiguous(),
             log_size_BM=log_sizes.contiguous(),
-            far_bias_H=self.far_bias_H,
+            far_bias_H=bias,
             slot_BSL=slot,
             offset_BM=grouping.offset_BM[:, :read].contiguous(),
             size_BM=grouping.size_BM[:, :read].contiguous(),
             open_BTK=opened,
             groups=layer.groups,
             slots=layer.slots,
+            open_shift=None if opened is None else shift,
         )

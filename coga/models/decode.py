@@ -259,16 +259,18 @@ class _Piece:
                 groups=config.groups,
                 step=rounding_step(q.dtype),
             )
+        bias, shift = module.far_weights(self.context)
         return Far(
             group_BML=group,
             log_size_BM=sizes,
-            far_bias_H=module.far_bias_H,
+            far_bias_H=bias,
             slot_BSL=None if opened is None else layer["slot"].to(q.dtype),
             offset_BM=size.cumsum(-1) - size,
             size_BM=size,
             open_BTK=opened,
             groups=config.groups,
             slots=config.slots,
+            open_shift=None if opened is None else shift,
         )
 
 

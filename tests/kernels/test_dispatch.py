@@ -25,7 +25,7 @@ def normal(*shape: int, dtype=F64) -> torch.Tensor:
     return torch.randn(*shape, dtype=dtype)
 
 
-def far_inputs(opened: int, dtype=F64) -> tuple[torch.Tensor, torch.Tensor, Far]:
+def far_inputs(opened: int, dtype=F64, shift: float | None = None) -> tuple[torch.Tensor, torch.Tensor, Far]:
     """Queries, latents and the groups of two windows with a given assignment and selection."""
     q, latent = normal(B, T, H, L, dtype=dtype), normal(B, T, L, dtype=dtype)
     # Sizes 2+2, 3+1, 4+0 and 1+3: unequal, one of them empty.
@@ -48,16 +48,17 @@ def far_inputs(opened: int, dtype=F64) -> tuple[torch.Tensor, torch.Tensor, Far]
         open_BTK=chosen,
         groups=G,
         slots=4,
+        open_shift=None if shift is None else torch.tensor(shift, dtype=dtype),
     )
     return q, latent, far
 
 
 @pytest.mark.parametrize("opened", [0, 1, 3])
-@pytest.mark.parametrize("chunk", [256, 3])
-def test_gradcheck_of_attention_with_groups(opened, chunk, monkeypatch):
+@pytest.mark.parametrize(("chunk", "shift"), [(256, None), (3, None), (256, -1.5)])
+def test_gradcheck_of_attention_with_groups(opened, chunk, shift, monkeypatch):
     """The analytic backward, with assignment and selection given; every input at once."""
     monkeypatch.setattr(reference, "CHUNK", chunk)
-    q, latent, far = far_inputs(opened)
+    q, latent, far = far_inputs(opened, shift=shift)
     inputs = [q, latent, normal(H), normal(H), far.group_BML, far.far_bias_H]
     if opened:
         inputs.append(far.slot_BSL)
@@ -136,11 +137,11 @@ OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "tes
 @pytest.mark.parametrize("opened", [0, 2, None])
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
 def test_opcheck_attend(opened, dtype):
-    q, latent, far = far_inputs(opened or 0, dtype)
-    groups: list = [None] * 7
+    q, latent, far = far_inputs(opened or 0, dtype, shift=-1.5 if opened else None)
+    groups: list = [None] * 8
     if opened is not None:
         groups = [far.group_BML, far.far_bias_H, far.slot_BSL, far.log_size_BM]
-        groups += [far.offset_BM, far.size_BM, far.open_BTK]
+        groups += [far.offset_BM, far.size_BM, far.open_BTK, far.open_shift]
     values = [q, latent, normal(H, dtype=dtype), normal(H, dtype=dtype), *groups]
     differentiable = [x.requires_grad_() if i < 7 and x is not None else x for i, x in enumerate(
         [None if x is None else x.detach().clone() for x in values]

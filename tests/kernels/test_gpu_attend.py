@@ -36,6 +36,7 @@ def scene(
     band=64,
     capacity=1.0,
     sink=True,
+    shift=None,
     dtype=torch.bfloat16,
     seed=0,
 ):
@@ -82,6 +83,7 @@ def scene(
             best, ids = score.topk(min(count, total), -1)
             ids = torch.where(best < 0, total, ids).sort(-1).values
             fixed["open"] = torch.where(ids == total, -1, ids).cuda()
+            fixed["shift"] = None if shift is None else torch.tensor(shift, device="cuda")
     options = dict(content=content, window=window, band=band)
     return {name: value.detach().requires_grad_() for name, value in x.items()}, fixed, options
 
@@ -99,6 +101,7 @@ def far_of(x: dict, fixed: dict) -> Far | None:
         open_BTK=fixed.get("open"),
         groups=fixed["groups"],
         slots=fixed["slots"],
+        open_shift=fixed.get("shift"),
     )
 
 
@@ -133,6 +136,8 @@ def plain(x: dict, fixed: dict, options: dict) -> torch.Tensor:
             )
             reads = opened.gather(2, owner[:, None].expand(-1, length, -1))
             direct = torch.einsum("bihl,bsl->bhis", q, x["slot"])
+            if fixed["shift"] is not None:
+                direct = direct + fixed["shift"].to(dtype)
             scores.append(direct.masked_fill(~reads[:, None], -torch.inf))
             values.append(x["slot"])
         scores.append(summary.masked_fill(hidden[:, None], -torch.inf))
@@ -193,6 +198,7 @@ SHAPES = {
     "window-512": dict(length=1541, heads=3, window=512, size=64, count=3),
     "window-1024-all-opened": dict(length=3077, heads=1, window=1024, size=64, count=1000),
     "nothing-opened": dict(length=1025, heads=3, count=0, band=0, sink=False),
+    "opened-shifted": dict(length=1025, heads=3, size=16, shift=-2.5),
     "full": dict(length=1025, heads=3, window=None, band=64),
     "band-is-window": dict(length=700, heads=3, band=128, content=32, rotary=64, size=8),
 }

@@ -32,7 +32,9 @@ def random_grouping(windows: int, groups: int = G, empty: bool = False) -> Group
     return make_grouping(index, groups)
 
 
-def make_far(latent, q, grouping: Grouping, opened: int, bias=None, read: int = 2 * G) -> Far:
+def make_far(
+    latent, q, grouping: Grouping, opened: int, bias=None, read: int = 2 * G, shift: float = 0.0
+) -> Far:
     """Groups of the first windows as the model makes them, unrefined."""
     end = grouping.index_BNW.shape[1] * W
     group = pool(latent[:, :end], grouping)[:, :read]
@@ -52,6 +54,7 @@ def make_far(latent, q, grouping: Grouping, opened: int, bias=None, read: int = 
         open_BTK=open_groups,
         groups=groups,
         slots=int(size.max()),
+        open_shift=torch.tensor(shift, dtype=F64) if shift else None,
     )
 
 
@@ -76,7 +79,8 @@ def double_loop(q, latent, *, content, window, band, alpha, sink, far=None):
                         size, start = int(far.size_BM[b, m]), int(far.offset_BM[b, m])
                         if m in opened:
                             for slot in range(start, start + size):
-                                score.append(float(q[b, i, h] @ far.slot_BSL[b, slot]))
+                                s = float(q[b, i, h] @ far.slot_BSL[b, slot])
+                                score.append(s + (0.0 if far.open_shift is None else float(far.open_shift)))
                                 value.append(far.slot_BSL[b, slot, :content])
                         elif size:
                             s = float(q[b, i, h] @ far.group_BML[b, m] + far.far_bias_H[h])
@@ -123,7 +127,7 @@ def test_the_reciprocal_term_reads_the_earlier_query_and_the_later_latent():
 def test_all_four_parts_are_a_double_loop(opened, empty, monkeypatch):
     q, latent = normal(B, T, H, L), normal(B, T, L)
     alpha, sink, bias = normal(H), normal(H), normal(H)
-    far = make_far(latent, q, random_grouping(3, empty=empty), opened, bias)
+    far = make_far(latent, q, random_grouping(3, empty=empty), opened, bias, shift=-0.7 if empty else 0.0)
     far = replace(far, group_BML=far.group_BML + 0.3 * normal(*far.group_BML.shape))  # as if refined
     options = dict(content=C, window=W, band=7)
     want = double_loop(q, latent, alpha=alpha, sink=sink, far=far, **options)

@@ -60,6 +60,7 @@ CHANGED: dict[str, tuple[object, dict]] = {
     "refine_groups": (False, {}),
     "reciprocal_groups": (False, {}),
     "far_bias_init": (-1.0, {}),
+    "far_warmup": (100, {}),
     "noise": (0.5, {}),
     "tau_start": (2.0, {}),
     "tau_end": (0.9, {}),

@@ -37,6 +37,7 @@ CASES = pairwise(
         capacity_factor=(1.0, 1.5),
         refine_groups=(True, False),
         hysteresis=(0.0, 0.5),
+        far_warmup=(0, 3),
     )
 )
 

@@ -26,6 +26,7 @@ def case(
     band=3,
     sink=True,
     empty=False,
+    shift=None,
     seed=0,
 ):
     """Latents, groups of random members and random opened groups of a sequence of closed windows."""
@@ -66,6 +67,7 @@ def case(
             open_BTK=ids if count else None,
             groups=groups,
             slots=window,
+            open_shift=None if shift is None else torch.tensor(shift),
         )
     return q, latent, options | dict(far=far)
 
@@ -85,6 +87,7 @@ CASES = {
     "whole-tiles": dict(window=32, groups=4, length=130, band=7, count=3),
     "many-groups": dict(window=8, groups=4, length=100, heads=1, count=3),
     "empty-groups": dict(empty=True, length=41),
+    "shifted": dict(shift=-1.5, length=41),
     "window-below-tile-band-whole": dict(window=16, band=16, length=75, groups=2),
     "three-heads-tile-of-tokens": dict(window=64, band=9, length=150, groups=4, heads=3),
 }
