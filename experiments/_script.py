@@ -33,7 +33,7 @@ from _settings import override
 from coga.models import CoGAGPT
 
 __all__ = [
-    "add_graph",
+    "add_speed",
     "add_model_arguments",
     "at_least",
     "file_hash",
@@ -67,8 +67,11 @@ def add_model_arguments(made: argparse.ArgumentParser) -> None:
                       help="a field of CoGAConfig")  # fmt: skip
 
 
-def add_graph(made: argparse.ArgumentParser) -> None:
+def add_speed(made: argparse.ArgumentParser) -> None:
     """For scripts that train with `_fit.fit`."""
+    made.add_argument(
+        "--compile", action="store_true", help="compile the blocks for training (torch.compile)"
+    )
     made.add_argument(
         "--graph", action="store_true", help="record the training step as a CUDA graph (GPU only)"
     )

@@ -28,8 +28,8 @@ from _convert import Reading, figures, parse_reading, plot_finetune, plot_table,
 from _fit import fit, validate
 from _rows import append_row, provenance
 from _script import (
-    add_graph,
     add_model_arguments,
+    add_speed,
     at_least,
     file_hash,
     load_model,
@@ -56,7 +56,7 @@ FINETUNING = 10**6  # the batches of fine-tuning start at this step: not those o
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     made = parser(__doc__.splitlines()[0], "runs/convert")
     add_model_arguments(made)
-    add_graph(made)
+    add_speed(made)
     add = made.add_argument
     add("--checkpoint", type=Path, metavar="DIR", help="a `full` model; without it, --train STEPS")
     add("--train", type=int, default=0, metavar="STEPS", help="train a full model first, at length n")
@@ -159,6 +159,7 @@ class Run:
             lr=lr,
             warmup=max(1, steps // 10),
             device=self.device,
+            compiled=args.compile,
             graphed=args.graph,
             title=title,
         )

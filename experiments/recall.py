@@ -38,8 +38,8 @@ from _recall import Row, Vocabulary, classes, mqar, needle, recalled, scattered,
 from _recall_plots import plot_all
 from _rows import append_row, provenance
 from _script import (
-    add_graph,
     add_model_arguments,
+    add_speed,
     at_least,
     model_changes,
     open_folder,
@@ -71,7 +71,7 @@ EVALUATION = 10**9  # the steps whose random numbers evaluation takes: no traini
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     made = parser(__doc__.splitlines()[0], "runs/recall")
     add_model_arguments(made)
-    add_graph(made)
+    add_speed(made)
     add = made.add_argument
     add(
         "--arms",
@@ -222,6 +222,7 @@ def _train(model: CoGAGPT, args: argparse.Namespace, first: int, steps: int, lr:
         lr=lr,
         warmup=max(1, min(100, steps // 10)),
         device=model.embedding.weight.device,
+        compiled=args.compile,
         graphed=args.graph,
         title=title,
     )
