@@ -18,18 +18,30 @@ def _side(device: torch.device, main: int) -> torch.cuda.Stream:
 
 
 @contextmanager
-def beside(device: torch.device) -> Iterator[Callable[[], None]]:
-    """Launch what is inside on a companion of the current stream; the caller calls what it gets to join them.
+def beside(device: torch.device) -> Iterator[Callable[[], Callable[[], None]]]:
+    """Launch what is inside on a companion of the current stream.
 
-    Works inside CUDA graph capture. On other devices nothing happens. Memory: the companion starts by waiting
-    for its stream, so what was allocated inside may be used and freed outside after the join without
-    `record_stream`: whoever takes the memory next, on the companion, waits for that use.
+        with beside(device) as mark:
+            a = ...
+            a_ready = mark()
+        ...
+        a_ready()               # from here on, the current stream may read a
+
+    The last mark must be waited for. Works inside CUDA graph capture; on other devices nothing happens.
+    Memory: the companion starts by waiting for its stream, so what was allocated inside may be used and freed
+    outside, after the wait, without `record_stream`: whoever takes the memory next, on the companion, waits
+    for that use.
     """
     if device.type != "cuda":
-        yield lambda: None
+        yield lambda: lambda: None
         return
     main = torch.cuda.current_stream(device)
     side = _side(device, main.cuda_stream)
     side.wait_stream(main)
+
+    def mark() -> Callable[[], None]:
+        event = side.record_event()
+        return lambda: main.wait_event(event)
+
     with torch.cuda.stream(side):
-        yield lambda: main.wait_stream(side)
+        yield mark

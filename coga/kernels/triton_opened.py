@@ -336,6 +336,14 @@ def scaled_lse(lse_BTH: Tensor) -> Tensor:
     return torch.where(lse_BTH == -torch.inf, torch.inf, lse_BTH.float() * LOG2E.value)
 
 
+def gradient_inputs(
+    grad_BTHC: Tensor, lse_BTH: Tensor, delta_BTH: Tensor, q_BTHL: Tensor, *far: Tensor
+) -> list[Tensor]:
+    """What `query_gradient` and `slot_gradient` take; `far`: slots, offsets, sizes, opened groups."""
+    rows = (grad_BTHC.to(q_BTHL.dtype), scaled_lse(lse_BTH), delta_BTH.float(), q_BTHL)
+    return [x.contiguous() for x in (*rows, *far)]
+
+
 def opened_backward(
     grad_BTHC: Tensor,
     lse_BTH: Tensor,
@@ -357,18 +365,6 @@ def opened_backward(
     _check(q_BTHL, slot_BSL, offset_BM, size_BM, open_BTK, content, slots)
     if open_BTK.shape[-1] == 0 or slot_BSL.shape[1] == 0 or q_BTHL.numel() == 0:
         return torch.zeros_like(q_BTHL), torch.zeros_like(slot_BSL, dtype=torch.float32)
-    tensors = [
-        x.contiguous()
-        for x in (
-            grad_BTHC.to(q_BTHL.dtype),
-            scaled_lse(lse_BTH),
-            delta_BTH.float(),
-            q_BTHL,
-            slot_BSL,
-            offset_BM,
-            size_BM,
-            open_BTK,
-        )
-    ]
+    tensors = gradient_inputs(grad_BTHC, lse_BTH, delta_BTH, q_BTHL, slot_BSL, offset_BM, size_BM, open_BTK)
     dq = query_gradient(*tensors, content=content, slots=slots)
     return dq, slot_gradient(*tensors, content=content, slots=slots)

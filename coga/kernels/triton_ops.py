@@ -23,7 +23,8 @@ from coga.kernels.beside import beside
 from coga.kernels.triton_assign import assign
 from coga.kernels.triton_flash import CAUSAL, FAR, GROUPED, WINDOWED, flash_forward, opened_bits
 from coga.kernels.triton_flash_backward import delta_rows, keys_gradient, queries_gradient
-from coga.kernels.triton_opened import opened_backward, opened_forward
+from coga.kernels.triton_inverted import slot_gradient
+from coga.kernels.triton_opened import gradient_inputs, opened_forward, query_gradient
 from coga.kernels.triton_select import select
 from coga.types import Far
 
@@ -150,17 +151,20 @@ def attend_backward(
     rows = (grad, lse, delta, plan.q)
     grads: dict[str, Tensor] = {}
     dq_opened = None
-    with beside(grad.device) as join:
-        if plan.opens:
+    if plan.opens:
+        with beside(grad.device) as mark:
             own_lse = lse if plan.shift is None else lse - plan.shift  # p = exp(s + shift - lse)
-            dq_opened, grads["slot"] = opened_backward(
-                grad, own_lse, delta, *plan.opened, content=content, slots=plan.far.slots
-            )
+            inputs = gradient_inputs(grad, own_lse, delta, *plan.opened)
+            dq_opened = query_gradient(*inputs, content=content, slots=plan.far.slots)
+            dq_ready = mark()
+            grads["slot"] = slot_gradient(*inputs, content=content, slots=plan.far.slots)
+            slot_ready = mark()
     if plan.far is not None:
         options = dict(content=content, mode=FAR.value, unit=window, log_size_BN=plan.far.log_size_BM)
         grads["group"], _ = keys_gradient(*rows, plan.far.group_BML, **options, **plan.summary)
     grads["latent"], dq_band = keys_gradient(*rows, plan.latent, **plan.near)
-    join()
+    if plan.opens:
+        dq_ready()
     grads["q"], dc, scalars = queries_gradient(
         *rows,
         plan.latent,
@@ -172,6 +176,8 @@ def attend_backward(
     )
     if dc is not None:
         grads["latent"][..., :content] += dc.sum(2, dtype=torch.float32)
+    if plan.opens:
+        slot_ready()
     return grads | scalars
 
 
