@@ -13,7 +13,7 @@ import torch
 from _arms import Arm, field_value, parse_arms, parse_integers
 from _common import StrictParser, environment, holds_run
 from _rows import clean, read_rows
-from _settings import TRAINING
+from _settings import TRAINING, faded_in
 
 from coga import CoGAConfig
 from coga.config import PRESETS
@@ -80,6 +80,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--reference", metavar="ARM", help="arm that the others are compared with (gumbel)")
     add("--resume", action="store_true", help="go on with the rows in the folder")
     add("--time-limit", type=float, metavar="SECONDS", help="start no run that should end later")
+    add("--save-models", action="store_true", help="keep every trained model in DIR/models/ARM-SEED")
     add("--report-only", action="store_true", help="draw table and plots from the rows in the folder")
     return made
 
@@ -125,12 +126,13 @@ def rows_of(folder: Path, resume: bool) -> list[dict[str, Any]]:
 
 
 def setting_of(args: argparse.Namespace, corpus: Corpus, device: torch.device) -> Setting:
-    base = CoGAConfig.preset(args.preset, **dict(args.set))
+    model = faded_in(dict(args.set), args.steps)
+    base = CoGAConfig.preset(args.preset, **model)
     names = ("preset", "n", "steps", "batch", "lr", "warmup", "validation", "compile", "graph")
     return Setting(
         **{name: getattr(args, name) for name in names},
         precision=environment(device)["precision"],
-        model=dict(args.set),
+        model=model,
         beyond=2 * max(base.layer(i).window for i in range(base.n_layer)),
         data=corpus.name,
         sha256=corpus.sha256,

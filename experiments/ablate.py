@@ -12,7 +12,8 @@ order, so they are compared seed by seed with the `--reference`. What is measure
 counted in `_flops.py`.
 
 The folder gets rows.jsonl (one line a run, as soon as it is done), table.md, positions.png, losses.png and
-flips.png. Exit codes: 0 done or out of time, 1 a run that did not fit into memory, 2 settings or files that
+flips.png. Layers with groups fade their far field in over the first half of a run (`--set far_warmup=0`: at
+once). Exit codes: 0 done or out of time, 1 a run that did not fit into memory, 2 settings or files that
 do not fit (one line, nothing written), 130 Ctrl-C; rows that are there are kept and not run again.
 """
 
@@ -40,7 +41,7 @@ from _ablate_settings import (
     same_settings,
     setting_of,
 )
-from _arms import Arm
+from _arms import Arm, slug
 from _common import choose_device, environment, fail, machine_line, make_folder
 from _evaluate import probe_tokens
 from _fit import fit, group_metrics, per_hundred, position_report, validate
@@ -58,8 +59,10 @@ __all__ = ["main"]
 # --- one run -----------------------------------------------------------------------------------------------
 
 
-def _run(arm: Arm, seed: int, setting: Setting, corpus: Corpus, device: torch.device) -> dict[str, Any]:
-    """Train and measure one arm with one seed: its row."""
+def _run(
+    arm: Arm, seed: int, setting: Setting, corpus: Corpus, device: torch.device, models: Path | None
+) -> dict[str, Any]:
+    """Train and measure one arm with one seed: its row. The model goes to a folder in `models`."""
     began = time.monotonic()
     config = arm.config(setting.preset, setting.model, seed)
     model = arm.build(setting.preset, setting.model, seed).to(device)
@@ -76,6 +79,8 @@ def _run(arm: Arm, seed: int, setting: Setting, corpus: Corpus, device: torch.de
         graphed=setting.graph,
         title=f"{arm.text} seed {seed}",
     )
+    if models is not None:
+        model.save_pretrained(models / f"{slug(arm.text)}-{seed}")
     tokens_BT, targets_BT = contexts(corpus, setting.n, setting.validation)
     loss_T, used = validate(model, tokens_BT, targets_BT, device, setting.batch)
     parts = flops(config, setting.n)
@@ -163,6 +168,7 @@ def _run_all(
     device: torch.device,
     folder: Path,
     deadline: float,
+    models: Path | None,
 ) -> tuple[list[str], list[str]]:
     """Append a row a run. Returns the runs that are left for lack of time, and those that did not fit."""
     failed: list[str] = []
@@ -172,7 +178,7 @@ def _run_all(
             if time.monotonic() + _expected(rows, arm, warm) > deadline:
                 return [f"{one.text} seed {other}" for one, other in todo[i:]], failed
             try:
-                row = clean(_run(arm, seed, setting, corpus, device))
+                row = clean(_run(arm, seed, setting, corpus, device, models))
             except torch.OutOfMemoryError as error:
                 failed.append(f"{arm.text} seed {seed}")
                 bar.write(f"{failed[-1]}: out of memory, no row ({str(error).splitlines()[0]})")
@@ -220,7 +226,8 @@ def _main(argv: list[str] | None) -> int:
     if len(todo) < len(arms) * len(seeds):
         print(f"resume  {len(arms) * len(seeds) - len(todo)} runs are already there, {len(todo)} to go")
     deadline = math.inf if args.time_limit is None else began + args.time_limit
-    left, failed = _run_all(todo, rows, setting, corpus, device, args.out, deadline)
+    models = args.out / "models" if args.save_models else None
+    left, failed = _run_all(todo, rows, setting, corpus, device, args.out, deadline, models)
     if rows:
         report.write(args.out, rows, reference)
     print(f"{time.monotonic() - began:.0f} s; everything is in {args.out}")
