@@ -13,7 +13,7 @@ import torch
 from _arms import Arm, field_value, parse_arms, parse_integers
 from _common import StrictParser, environment, holds_run
 from _rows import clean, read_rows
-from _settings import TRAINING, faded_in
+from _settings import TRAINING
 
 from coga import CoGAConfig
 from coga.config import PRESETS
@@ -126,13 +126,12 @@ def rows_of(folder: Path, resume: bool) -> list[dict[str, Any]]:
 
 
 def setting_of(args: argparse.Namespace, corpus: Corpus, device: torch.device) -> Setting:
-    model = faded_in(dict(args.set), args.steps)
-    base = CoGAConfig.preset(args.preset, **model)
+    base = CoGAConfig.preset(args.preset, **dict(args.set))
     names = ("preset", "n", "steps", "batch", "lr", "warmup", "validation", "compile", "graph")
     return Setting(
         **{name: getattr(args, name) for name in names},
         precision=environment(device)["precision"],
-        model=model,
+        model=dict(args.set),
         beyond=2 * max(base.layer(i).window for i in range(base.n_layer)),
         data=corpus.name,
         sha256=corpus.sha256,

@@ -14,7 +14,7 @@ from _common import StrictParser
 from coga import CoGAConfig
 from coga.config import GROUPINGS, PRESETS
 
-__all__ = ["ARMS", "Settings", "complete", "faded_in", "model_config", "override", "parse", "stored"]
+__all__ = ["ARMS", "Settings", "complete", "model_config", "override", "parse", "stored"]
 
 # A named arm changes the layers of the run, or how its layers group.
 ARMS: dict[str, dict[str, str]] = {
@@ -166,13 +166,7 @@ def complete(given: dict[str, Any]) -> Settings:
     )  # fmt: skip
     values |= TRAINING[preset]
     values["warmup_len"] = max(1, min(values["warmup_len"], given["n"]))
-    settings = Settings(**{**values, **given})
-    return check(dataclasses.replace(settings, model=faded_in(settings.model, settings.total)))
-
-
-def faded_in(model: dict[str, Any], steps: int) -> dict[str, Any]:
-    """The far field is faded in over half of a run unless something else was asked for (docs/findings.md)."""
-    return {"far_warmup": max(0, steps // 2), **model}
+    return check(Settings(**{**values, **given}))
 
 
 def check(settings: Settings) -> Settings:

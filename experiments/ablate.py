@@ -12,8 +12,7 @@ order, so they are compared seed by seed with the `--reference`. What is measure
 counted in `_flops.py`.
 
 The folder gets rows.jsonl (one line a run, as soon as it is done), table.md, positions.png, losses.png and
-flips.png. Layers with groups fade their far field in over the first half of a run (`--set far_warmup=0`: at
-once). Exit codes: 0 done or out of time, 1 a run that did not fit into memory, 2 settings or files that
+flips.png. Exit codes: 0 done or out of time, 1 a run that did not fit into memory, 2 settings or files that
 do not fit (one line, nothing written), 130 Ctrl-C; rows that are there are kept and not run again.
 """
 

@@ -379,14 +379,6 @@ def test_arms_see_the_same_batches_and_a_run_repeats(text, tmp_path, done, monke
     assert figures(theirs["near", 0]) != figures(theirs["near", 1])
 
 
-def test_the_far_field_is_faded_in_over_half_of_a_run_unless_asked_otherwise(done, text, tmp_path):
-    assert {row["model"]["far_warmup"] for row in rows_of(done).values()} == {4}
-    arguments = ["--arms", "gumbel,gumbel:far_warmup=3", "--set", "far_warmup=0", "--seeds", "0"]
-    assert ablate.main([*TINY, *arguments, "--data", text, "--out", str(tmp_path / "out")]) == 0
-    found = {arm: row["model"]["far_warmup"] for (arm, _), row in rows_of(tmp_path / "out").items()}
-    assert found == {"gumbel": 0, "gumbel:far_warmup=3": 3}
-
-
 def test_models_are_kept_where_asked_for(done, text, tmp_path):
     assert not (done / "models").exists()
     arguments = ["--arms", "gumbel:beta=4", "--seeds", "1", "--save-models", "--data", text]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from coga.kernels import dispatch, reference, triton_ops
+from coga.kernels import dispatch, reference, triton_flash_backward, triton_ops
 from coga.kernels.triton_flash import opened_bits
 from coga.kernels.triton_flash_backward import keys_gradient
 from coga.types import Far
@@ -91,6 +91,15 @@ CASES = {
     "window-below-tile-band-whole": dict(window=16, band=16, length=75, groups=2),
     "three-heads-tile-of-tokens": dict(window=64, band=9, length=150, groups=4, heads=3),
 }
+
+
+@pytest.mark.parametrize("length", [1, 512, 32768, 131072])
+@pytest.mark.parametrize("programs", [1, 64, 960, 30720])
+@pytest.mark.parametrize("heads", [1, 12, 32])
+def test_no_sum_takes_too_many_rows(length, programs, heads):
+    parts = triton_flash_backward._parts(programs, length * heads, 128)
+    assert parts >= 1 and length * heads <= parts * triton_flash_backward.MOST_ROWS
+    assert parts == 1 or parts * 128 <= length * heads
 
 
 @pytest.mark.parametrize("name", CASES)
