@@ -22,6 +22,8 @@ tile (small groups), CHUNKS tiles in a group (large groups).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -336,14 +338,6 @@ def scaled_lse(lse_BTH: Tensor) -> Tensor:
     return torch.where(lse_BTH == -torch.inf, torch.inf, lse_BTH.float() * LOG2E.value)
 
 
-def gradient_inputs(
-    grad_BTHC: Tensor, lse_BTH: Tensor, delta_BTH: Tensor, q_BTHL: Tensor, *far: Tensor
-) -> list[Tensor]:
-    """What `query_gradient` and `slot_gradient` take; `far`: slots, offsets, sizes, opened groups."""
-    rows = (grad_BTHC.to(q_BTHL.dtype), scaled_lse(lse_BTH), delta_BTH.float(), q_BTHL)
-    return [x.contiguous() for x in (*rows, *far)]
-
-
 def opened_backward(
     grad_BTHC: Tensor,
     lse_BTH: Tensor,
@@ -356,8 +350,11 @@ def opened_backward(
     *,
     content: int,
     slots: int,
+    queries_done: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of queries (B, T, H, L), in their dtype, and of latents in slot order (B, S, L) in float32.
+
+    `queries_done` is called when the first of them has been launched.
 
     `lse_BTH` is the log-sum-exp of the whole softmax, `delta_BTH` = dO . O of the merged output.
     Deterministic: every sum has a fixed order.
@@ -365,6 +362,9 @@ def opened_backward(
     _check(q_BTHL, slot_BSL, offset_BM, size_BM, open_BTK, content, slots)
     if open_BTK.shape[-1] == 0 or slot_BSL.shape[1] == 0 or q_BTHL.numel() == 0:
         return torch.zeros_like(q_BTHL), torch.zeros_like(slot_BSL, dtype=torch.float32)
-    tensors = gradient_inputs(grad_BTHC, lse_BTH, delta_BTH, q_BTHL, slot_BSL, offset_BM, size_BM, open_BTK)
+    rows = (grad_BTHC.to(q_BTHL.dtype), scaled_lse(lse_BTH), delta_BTH.float(), q_BTHL)
+    tensors = [x.contiguous() for x in (*rows, slot_BSL, offset_BM, size_BM, open_BTK)]
     dq = query_gradient(*tensors, content=content, slots=slots)
+    if queries_done is not None:
+        queries_done()
     return dq, slot_gradient(*tensors, content=content, slots=slots)

@@ -13,6 +13,7 @@ Legend: B batch, T tokens, H heads, C content width, L = C + P, M groups, G grou
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,8 +24,7 @@ from coga.kernels.beside import beside
 from coga.kernels.triton_assign import assign
 from coga.kernels.triton_flash import CAUSAL, FAR, GROUPED, WINDOWED, flash_forward, opened_bits
 from coga.kernels.triton_flash_backward import delta_rows, keys_gradient, queries_gradient
-from coga.kernels.triton_inverted import slot_gradient
-from coga.kernels.triton_opened import gradient_inputs, opened_forward, query_gradient
+from coga.kernels.triton_opened import opened_backward, opened_forward
 from coga.kernels.triton_select import select
 from coga.types import Far
 
@@ -151,20 +151,26 @@ def attend_backward(
     rows = (grad, lse, delta, plan.q)
     grads: dict[str, Tensor] = {}
     dq_opened = None
+    ready: list[Callable[[], None]] = []  # waits for dq of the opened part, then for all of it
     if plan.opens:
         with beside(grad.device) as mark:
             own_lse = lse if plan.shift is None else lse - plan.shift  # p = exp(s + shift - lse)
-            inputs = gradient_inputs(grad, own_lse, delta, *plan.opened)
-            dq_opened = query_gradient(*inputs, content=content, slots=plan.far.slots)
-            dq_ready = mark()
-            grads["slot"] = slot_gradient(*inputs, content=content, slots=plan.far.slots)
-            slot_ready = mark()
+            dq_opened, grads["slot"] = opened_backward(
+                grad,
+                own_lse,
+                delta,
+                *plan.opened,
+                content=content,
+                slots=plan.far.slots,
+                queries_done=lambda: ready.append(mark()),
+            )
+            ready.append(mark())
     if plan.far is not None:
         options = dict(content=content, mode=FAR.value, unit=window, log_size_BN=plan.far.log_size_BM)
         grads["group"], _ = keys_gradient(*rows, plan.far.group_BML, **options, **plan.summary)
     grads["latent"], dq_band = keys_gradient(*rows, plan.latent, **plan.near)
-    if plan.opens:
-        dq_ready()
+    if ready:
+        ready[0]()
     grads["q"], dc, scalars = queries_gradient(
         *rows,
         plan.latent,
@@ -176,8 +182,8 @@ def attend_backward(
     )
     if dc is not None:
         grads["latent"][..., :content] += dc.sum(2, dtype=torch.float32)
-    if plan.opens:
-        slot_ready()
+    if ready:
+        ready[-1]()
     return grads | scalars
 
 
