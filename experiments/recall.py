@@ -63,8 +63,9 @@ GROUPS_ONLY = (
     "refine_groups", "reciprocal_groups", "far_bias_init", "noise", "tau_start", "tau_end", "tau_steps",
     "slow_prototypes", "slow_decay", "hysteresis", "coherence_weight", "freeze_step", "revive",
 )  # fmt: skip
-# A tiny model finds keys sooner with more heads, rotary parts that turn fast and larger first weights.
-EASIER = {"tiny": {"n_head": 4, "rope_theta": 100.0, "init_std": 0.1}}
+# A tiny model finds keys sooner with more heads, rotary parts that turn fast, larger first weights and
+# attention that starts soft: with gain 2 it recalls 0.66 where it recalls 0.95 with gain 1.
+EASIER = {"tiny": {"n_head": 4, "rope_theta": 100.0, "init_std": 0.1, "gain_init": 1.0}}
 EVALUATION = 10**9  # the steps whose random numbers evaluation takes: no training step comes here
 
 
