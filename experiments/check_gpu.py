@@ -22,16 +22,19 @@ import torch
 from _common import StrictParser, fail, make_folder
 
 ROOT = Path(__file__).resolve().parents[1]
-LENGTHS = "4096,8192,16384,32768,65536,131072"
+LENGTHS = ("4096,8192,16384", "32768,65536,131072")  # two processes: more only compile side by side
+PYTEST = ["-m", "pytest", "-m", "gpu", "--tb=short"]
 LONGCTX = ["experiments/longctx.py", "--n", "32768", "--preset", "gpt2"]
 # Step: share of the time, arguments of Python. Order is the order of importance.
 STEPS: dict[str, tuple[float, list[str]]] = {
-    "tests": (0.33, ["-m", "pytest", "-m", "gpu", "-vv", "--tb=short", "--maxfail=9", "tests/kernels"]),
-    "attention": (0.37, ["experiments/bench_attention.py", "--repeats", "9", "--parts"]),
-    "model": (0.15, ["experiments/bench_model.py"]),
-    "longctx": (0.15, [*LONGCTX, "--steps", "12", "--warmup-steps", "2", "--sample", "8"]),
+    "tests": (0.33, [*PYTEST, "-vv", "--maxfail=9", "tests/kernels"]),
+    # Alone, because it takes 60 GiB: beside other tests it is skipped.
+    "long": (0.07, [*PYTEST, "-k", "131072", "tests/kernels/test_gpu_model.py"]),
+    "attention": (0.34, ["experiments/bench_attention.py", "--repeats", "9", "--parts"]),
+    "model": (0.13, ["experiments/bench_model.py"]),
+    "longctx": (0.13, [*LONGCTX, "--steps", "12", "--warmup-steps", "2", "--sample", "8"]),
 }  # fmt: skip
-WARM = [["experiments/bench_attention.py", "--repeats", "1", "--lengths", n] for n in LENGTHS.split(",")]
+WARM = [["experiments/bench_attention.py", "--repeats", "1", "--lengths", some] for some in LENGTHS]
 WARM.append(["experiments/bench_model.py", "--repeats", "1"])
 WARM.append([*LONGCTX, "--steps", "2", "--warmup-steps", "1", "--sample", "2"])
 
@@ -84,11 +87,9 @@ def main(argv: list[str] | None = None) -> int:
     for name, (share, command) in STEPS.items():
         began = time.monotonic()
         limit = min(share * 60 * args.minutes, until - began)
-        extra = (
-            ["-n", str(args.workers), "--dist", "loadgroup"]
-            if name == "tests"
-            else ["--out", str(out / name)]
-        )
+        extra = ["--out", str(out / name)]
+        if command[: len(PYTEST)] == PYTEST:
+            extra = ["-n", str(args.workers), "--dist", "loadgroup"] if name == "tests" else []
         codes[name] = end(start([*command, *extra], out / f"{name}.log"), limit)
         if name == "tests":
             for one in warm:
