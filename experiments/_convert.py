@@ -52,6 +52,7 @@ class Reading:
             "grouping": self.name,
             "open_groups": self.opened,
             "capacity_factor": capacity,
+            "far_warmup": 0,  # a reading is of the whole far field, wherever the checkpoint's schedule stood
         }
 
     def config(self, config: CoGAConfig, window: int, capacity: float) -> CoGAConfig:

@@ -87,9 +87,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, (share, command) in STEPS.items():
         began = time.monotonic()
         limit = min(share * 60 * args.minutes, until - began)
-        extra = ["--out", str(out / name)]
-        if command[: len(PYTEST)] == PYTEST:
-            extra = ["-n", str(args.workers), "--dist", "loadgroup"] if name == "tests" else []
+        of_pytest = {"tests": ["-n", str(args.workers), "--dist", "loadgroup"], "long": []}
+        extra = of_pytest.get(name, ["--out", str(out / name)])
         codes[name] = end(start([*command, *extra], out / f"{name}.log"), limit)
         if name == "tests":
             for one in warm:

@@ -60,8 +60,8 @@ TOKENS_AT_ONCE = {"cpu": 2**14, "cuda": 2**18}
 # Fields that change nothing in a model without groups.
 GROUPS_ONLY = (
     "grouping", "open_groups", "capacity_factor", "refine_steps", "refine_gradient", "beta", "kmeans_steps",
-    "refine_groups", "reciprocal_groups", "far_bias_init", "noise", "tau_start", "tau_end", "tau_steps",
-    "slow_prototypes", "slow_decay", "hysteresis", "coherence_weight", "freeze_step", "revive",
+    "refine_groups", "reciprocal_groups", "far_bias_init", "far_warmup", "noise", "tau_start", "tau_end",
+    "tau_steps", "slow_prototypes", "slow_decay", "hysteresis", "coherence_weight", "freeze_step", "revive",
 )  # fmt: skip
 # A tiny model finds keys sooner with more heads, rotary parts that turn fast, larger first weights and
 # attention that starts soft: with gain 2 it recalls 0.66 where it recalls 0.95 with gain 1.

@@ -44,6 +44,8 @@ BAD = [
     ("tau_end", 0.0, "above 0"),
     ("tau_start", float("inf"), "finite"),
     ("noise", -1.0, "at least 0"),
+    ("far_warmup", -1, "at least 0"),
+    ("far_warmup", 0.5, "must be int"),
     ("gain_init", 0.0, "finite number above 0"),
     ("gain_init", float("nan"), "finite number above 0"),
     ("entropy_weight", float("nan"), "finite"),

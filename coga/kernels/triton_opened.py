@@ -354,9 +354,8 @@ def opened_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of queries (B, T, H, L), in their dtype, and of latents in slot order (B, S, L) in float32.
 
-    `queries_done` is called when the first of them has been launched.
-
     `lse_BTH` is the log-sum-exp of the whole softmax, `delta_BTH` = dO . O of the merged output.
+    `queries_done` is called when the gradient of the queries has been launched.
     Deterministic: every sum has a fixed order.
     """
     _check(q_BTHL, slot_BSL, offset_BM, size_BM, open_BTK, content, slots)

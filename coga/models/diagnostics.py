@@ -15,6 +15,7 @@ S slots of a group, C latent width, X samples (tokens), D hidden width, Y width 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from einops import rearrange
@@ -100,17 +101,7 @@ def token_mass(parts: Parts, key_position: Tensor, length: int, far: Far | None,
 def _member_positions(far: Far, order_BS: Tensor) -> tuple[Tensor, Tensor]:
     """Token position of every opened member (B, t, K*S), and where there is one."""
     assert far.open_BTK is not None
-    ids = Far(
-        group_BML=far.group_BML,
-        log_size_BM=far.log_size_BM,
-        far_bias_H=far.far_bias_H,
-        slot_BSL=order_BS[..., None],  # the gather of latents, applied to their positions
-        offset_BM=far.offset_BM,
-        size_BM=far.size_BM,
-        open_BTK=far.open_BTK,
-        groups=far.groups,
-        slots=far.slots,
-    )
+    ids = replace(far, slot_BSL=order_BS[..., None])  # the gather of latents, applied to their positions
     position, mask = gather_members(ids, far.open_BTK)
     return position[..., 0], mask
 

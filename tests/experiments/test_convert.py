@@ -116,6 +116,18 @@ def test_the_far_bias_is_what_was_asked_for(checkpoint):
         assert all((block.attention.group_level.residual.weight == 0).all() for block in other.stack)
 
 
+def test_a_checkpoint_whose_far_field_was_faded_in_is_read_at_full_weight(checkpoint):
+    model = CoGAGPT.from_pretrained(checkpoint)
+    faded = CoGAGPT(model.config.replace(far_warmup=100))
+    faded.load_state_dict(model.state_dict())
+    tokens = torch.arange(80)[None] % 256
+    with torch.no_grad():
+        one, other = (
+            Reading("kmeans", 4, 2).model(m, 16, 1.0, 0.0).eval()(tokens).logits for m in (model, faded)
+        )
+    assert torch.equal(one, other)
+
+
 def test_figures_of_a_known_loss():
     found = figures(torch.tensor([9.0, 9.0, 9.0, 1.0, 2.0, 3.0]))
     assert found["nats_second_half"] == 2.0

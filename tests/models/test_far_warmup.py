@@ -43,8 +43,7 @@ def test_the_weight_is_geometric():
     bias, shift = attention.far_weights(context)
     assert math.isclose(float(shift.exp()), FAINTEST ** (1 - 1 / STEPS), rel_tol=1e-6)
     assert torch.equal(bias, attention.far_bias_H + shift)
-    shift.item()  # a schedule, not a parameter
-    assert bias.requires_grad and not shift.requires_grad
+    assert bias.requires_grad and not shift.requires_grad  # a schedule, not a parameter
 
 
 @pytest.mark.filterwarnings("ignore:with_layers")

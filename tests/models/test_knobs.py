@@ -136,6 +136,7 @@ GRADIENTS = pairwise(
         tie_embeddings=(True, False),
         capacity_factor=(1.0, 1.5),
         entropy_weight=(0.0, 0.1),
+        far_warmup=(0, 3),
         checkpointing=(False, True),
     )
 )
