@@ -40,6 +40,8 @@ class Setting:
 
     model      fields of `CoGAConfig` changed from the preset in every arm
     beyond     positions from here on count as beyond the window: 2W, where the first group is read
+    final_lr   learning rate at the end over its peak
+    dense_*    the first steps are those of the arm's dense twin, on contexts of this length
     """
 
     preset: str
@@ -48,6 +50,9 @@ class Setting:
     batch: int
     lr: float
     warmup: int
+    final_lr: float
+    dense_steps: int
+    dense_n: int
     validation: int
     compile: bool
     graph: bool
@@ -72,6 +77,10 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--data", default="python", help="'python' (the standard library's source), or a file or folder")
     add("--lr", type=float, help="peak learning rate of AdamW (the preset's)")
     add("--warmup", type=int, help="steps over which it rises (a tenth, at most 100)")
+    add("--final-lr", type=float, default=0.1, help="learning rate at the end, over its peak (0.1)")
+    add("--dense-steps", type=int, default=0, help="first steps of each arm, on a dense (`full`) model (0)")
+    add("--dense-n", type=int, help="context length of these, with as many bytes a step (n)")
+    add("--starts", type=Path, metavar="DIR", help="where dense models are kept for other calls (OUT/starts)")
     add("--validation", type=int, help="held-out contexts of length n (2**18 bytes, at most 64)")
     add("--compile", action="store_true", help="compile the blocks for training (torch.compile)")
     add("--graph", action="store_true", help="record the training step as a CUDA graph (GPU only)")
@@ -105,6 +114,9 @@ def checked(args: argparse.Namespace) -> tuple[list[Arm], list[int]]:
         raise ValueError(f"lr={args.lr}: must be a finite number above 0")
     if args.time_limit is not None and not args.time_limit >= 0:
         raise ValueError(f"time_limit={args.time_limit}: must be a number of seconds, at least 0")
+    if not 0 <= args.final_lr <= 1:
+        raise ValueError(f"final_lr={args.final_lr}: must be a share of the peak, between 0 and 1")
+    _check_dense(args)
     CoGAConfig.preset(args.preset, **dict(args.set))
     for arm in arms:
         config = arm.config(args.preset, dict(args.set), seeds[0])
@@ -113,6 +125,20 @@ def checked(args: argparse.Namespace) -> tuple[list[Arm], list[int]]:
         if config.vocab_size < 256:
             raise ValueError(f"vocab_size={config.vocab_size}: must be at least the data's 256")
     return arms, seeds
+
+
+def _check_dense(args: argparse.Namespace) -> None:
+    if not 0 <= args.dense_steps < args.steps:
+        raise ValueError(f"dense_steps={args.dense_steps}: must be at least 0 and below steps={args.steps}")
+    if not args.dense_steps:
+        for name in ("dense_n", "starts"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"{name}={str(getattr(args, name))!r}: needs --dense-steps")
+    args.dense_n = args.n if args.dense_n is None else args.dense_n
+    args.starts = args.out / "starts" if args.starts is None else args.starts
+    if not 1 <= args.dense_n <= args.n or args.batch * args.n % args.dense_n:
+        rule = f"must divide the bytes of a step, batch x n = {args.batch * args.n}, and be at most n"
+        raise ValueError(f"dense_n={args.dense_n}: {rule}")
 
 
 def rows_of(folder: Path, resume: bool) -> list[dict[str, Any]]:
@@ -127,7 +153,8 @@ def rows_of(folder: Path, resume: bool) -> list[dict[str, Any]]:
 
 def setting_of(args: argparse.Namespace, corpus: Corpus, device: torch.device) -> Setting:
     base = CoGAConfig.preset(args.preset, **dict(args.set))
-    names = ("preset", "n", "steps", "batch", "lr", "warmup", "validation", "compile", "graph")
+    names = ("preset", "n", "steps", "batch", "lr", "warmup", "final_lr", "dense_steps", "dense_n",
+             "validation", "compile", "graph")  # fmt: skip
     return Setting(
         **{name: getattr(args, name) for name in names},
         precision=environment(device)["precision"],

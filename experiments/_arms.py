@@ -21,7 +21,7 @@ from _settings import ARMS, override
 from coga import CoGAConfig
 from coga.models import CoGAGPT
 
-__all__ = ["Arm", "field_value", "parse_arms", "parse_integers", "slug"]
+__all__ = ["Arm", "field_value", "parse_arms", "parse_integers", "sharing_start", "slug"]
 
 
 @dataclass(frozen=True)
@@ -38,19 +38,23 @@ class Arm:
         return CoGAConfig.preset(preset, **{"seed": seed, **base, **ARMS[self.name], **self.changes})
 
     def build(self, preset: str, base: Mapping[str, Any], seed: int) -> CoGAGPT:
-        """The model, with the weights that it shares with the unchanged one (`base`) at the same start.
-
-        A module more would otherwise shift all later draws, and arms would differ by their luck as well.
-        Vectors keep their own start: they are constants, and an arm may be about one of them.
-        """
-        config = self.config(preset, base, seed)
+        """The model, with the weights that it shares with the unchanged one (`base`) at the same start."""
         plain = CoGAConfig.preset(preset, **{"seed": seed, **base})
-        model = CoGAGPT(config)
-        if (config.init_std, config.n_layer) == (plain.init_std, plain.n_layer):  # what the scale depends on
-            own, shared = model.state_dict(), CoGAGPT(plain).state_dict()
-            fits = {k: v for k, v in shared.items() if v.ndim >= 2 and k in own and own[k].shape == v.shape}
-            model.load_state_dict({**own, **fits})
-        return model
+        return sharing_start(self.config(preset, base, seed), plain)
+
+
+def sharing_start(config: CoGAConfig, plain: CoGAConfig) -> CoGAGPT:
+    """A model with the first weights of `plain` wherever it has the same ones.
+
+    A module more would otherwise shift all later draws, and arms would differ by their luck as well. Vectors
+    keep their own start: they are constants, and an arm may be about one of them.
+    """
+    model = CoGAGPT(config)
+    if (config.init_std, config.n_layer) == (plain.init_std, plain.n_layer):  # what the scale depends on
+        own, shared = model.state_dict(), CoGAGPT(plain).state_dict()
+        fits = {k: v for k, v in shared.items() if v.ndim >= 2 and k in own and own[k].shape == v.shape}
+        model.load_state_dict({**own, **fits})
+    return model
 
 
 def slug(text: str) -> str:

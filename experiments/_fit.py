@@ -1,8 +1,8 @@
 """One training run in memory, as fast as the machine allows, and what is measured on it.
 
-AdamW (0.9, 0.95), weight decay 0.1 on matrices only, linear warm-up, cosine to a tenth, gradient clipping at
-1. Batches are a function of the step, so arms see the same tokens. The loss is fetched a few times a run; no
-other step waits for the device.
+AdamW (0.9, 0.95), weight decay 0.1 on matrices only, linear warm-up, cosine to a share of the peak (a tenth),
+gradient clipping at 1. Batches are a function of the step, so arms see the same tokens. The loss is fetched a
+few times a run; no other step waits for the device.
 
     bits per byte    mean of -ln p / ln 2 over held-out bytes
     flips            share of fixed held-out tokens that changed group between two probes 100 steps apart (a
@@ -39,7 +39,7 @@ from coga.models.train_graph import GraphedStep, train_step
 
 __all__ = [
     "Fitted",
-    "OutOfTime",
+    "Moments",
     "fit",
     "group_metrics",
     "per_hundred",
@@ -49,15 +49,12 @@ __all__ = [
 ]
 
 Batches = Callable[[int], tuple[Tensor, Tensor]]
+Moments = dict[str, dict[str, Tensor]]  # state of AdamW by name of the parameter
 FETCHES = 20  # times a run at which the loss is read back
 CLIP = 1.0
 GAP = 100  # steps between two probes
 DEAD = 0.01
 RISEN = 1.0  # nats
-
-
-class OutOfTime(Exception):
-    """The time limit came before the end of a run."""
 
 
 @dataclass
@@ -67,9 +64,11 @@ class Fitted:
     losses      (step, mean nats a token since the last entry); grad_norms: the largest of the same steps
     probes      (step, group ids (N, W) and G by layer) of the probe's tokens
     seconds     of training, probes left out, compilation included; tokens_per_second: without the first steps
+    moments     of AdamW at the end, on the CPU, where they were asked for
     """
 
     steps: int = 0
+    moments: Moments = field(default_factory=dict)
     losses: list[tuple[int, float]] = field(default_factory=list)
     probes: list[tuple[int, dict[int, tuple[np.ndarray, int]]]] = field(default_factory=list)
     diverged: bool = False
@@ -113,12 +112,12 @@ def per_hundred(gap: int, rate: float) -> float:
     return min(1.0, rate * 100 / gap)
 
 
-def rate_at(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Learning rate: linear rise over `warmup` steps, then a cosine down to a tenth at the last step."""
+def rate_at(step: int, steps: int, peak: float, warmup: int, floor: float = 0.1) -> float:
+    """Learning rate: linear rise over `warmup` steps, then a cosine down to floor x peak at the last step."""
     if step < warmup:
         return peak * (step + 1) / warmup
     share = (step - warmup) / max(1, steps - 1 - warmup)
-    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, share))))
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
 
 
 def make_optimizer(
@@ -132,6 +131,18 @@ def make_optimizer(
     fused = device.type == "cuda"
     rate = torch.tensor(lr, device=device) if graphed else lr
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=fused, capturable=graphed)
+
+
+def _give_moments(model: CoGAGPT, optimizer: torch.optim.Optimizer, moments: Moments) -> None:
+    """Parameters that are not named start with none."""
+    for name, p in model.named_parameters():
+        if name in moments:
+            optimizer.state[p] = {key: x.to(p.device, copy=True) for key, x in moments[name].items()}
+
+
+def _take_moments(model: CoGAGPT, optimizer: torch.optim.Optimizer) -> Moments:
+    named = ((name, optimizer.state.get(p, {})) for name, p in model.named_parameters())
+    return {name: {key: x.detach().cpu().clone() for key, x in one.items()} for name, one in named if one}
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -193,15 +204,21 @@ def fit(
     lr: float,
     warmup: int,
     device: torch.device,
+    floor: float = 0.1,
+    first: int = 0,
+    last: int | None = None,
+    moments: Moments | None = None,
+    keep_moments: bool = False,
     probe_T: Tensor | None = None,
     compiled: bool = False,
     graphed: bool = False,
-    deadline: float = math.inf,
     title: str = "",
 ) -> Fitted:
-    """Train `model` in place. Raises `OutOfTime` when `deadline` (of time.monotonic) passes.
+    """Train `model` in place, from step `first` to before step `last` of a schedule of `steps`.
 
     batches  step -> tokens and next tokens, (B, T) int64 on the host; probe_T: on the device
+    floor    learning rate at the end of the schedule, over its peak
+    moments  of AdamW at the start (none); keep_moments: hand them back
     graphed  record the step as a CUDA graph (same numbers, no waiting for the host; needs a GPU)
     A loss or gradient that is not finite ends the run: `diverged`.
     """
@@ -209,22 +226,27 @@ def fit(
     model.train()
     reset_peak_memory(device)
     optimizer = make_optimizer(model, lr, device, graphed)
+    _give_moments(model, optimizer, moments or {})
     if compiled:
         model.compile_blocks()  # models of the same shape share what is compiled
     recorded = GraphedStep(model, optimizer, clip=CLIP) if graphed else None
-    every, probed = max(1, steps // FETCHES), _probe_steps(steps) if probe_T is not None else set()
-    steady = min(steps - 1, max(1, min(20, steps // 4)))
+    if recorded is not None:
+        recorded.noise_step.fill_(first)
+    last = steps if last is None else last
+    count = last - first
+    every, probed = max(1, count // FETCHES), _probe_steps(steps) if probe_T is not None else set()
+    steady = first + min(count - 1, max(1, min(20, count // 4)))
     pending: list[Tensor] = []
     norms: list[Tensor] = []
     paused, counted, paused_before = 0.0, 0, 0.0
     since = began = time.monotonic()
-    bar = tqdm(total=steps, desc=title, unit="step", dynamic_ncols=True, mininterval=0.5, leave=False)
+    bar = tqdm(total=count, desc=title, unit="step", dynamic_ncols=True, mininterval=0.5, leave=False)
     with bar, _unchecked(model, device):
-        for step in range(steps):
+        for step in range(first, last):
             if step == steady:
                 _wait(device)
                 since, paused_before, counted = time.monotonic(), paused, found.tokens
-            _set_rate(optimizer, rate_at(step, steps, lr, warmup))
+            _set_rate(optimizer, rate_at(step, steps, lr, warmup, floor))
             tokens, targets = _to(device, *batches(step))
             if recorded is not None:
                 loss, norm = recorded(tokens, targets)
@@ -234,13 +256,13 @@ def fit(
             pending.append(loss)
             norms.append(norm)
             found.tokens += tokens.numel()
-            if (step + 1) % every == 0 or step + 1 == steps:
+            if (step + 1 - first) % every == 0 or step + 1 == last:
                 value, largest = float(torch.stack(pending).mean()), float(torch.stack(norms).max())
                 pending.clear()
                 norms.clear()
                 found.losses.append((step + 1, value))
                 found.grad_norms.append(largest)
-                bar.update(step + 1 - bar.n)
+                bar.update(step + 1 - first - bar.n)
                 bar.set_postfix_str(f"loss {value:.3f}")
                 if not (math.isfinite(value) and math.isfinite(largest)):
                     found.diverged = True
@@ -250,8 +272,6 @@ def fit(
                 pause = time.monotonic()
                 found.probes.append((step + 1, _probe(model, probe_T)))
                 paused += time.monotonic() - pause
-            if time.monotonic() > deadline:
-                raise OutOfTime
         _wait(device)
         now = time.monotonic()
     found.seconds = now - began - paused
@@ -259,6 +279,8 @@ def fit(
     if found.tokens > counted and steady_seconds > 0:
         found.tokens_per_second = (found.tokens - counted) / steady_seconds
     found.peak_bytes = peak_memory(device)
+    if keep_moments:
+        found.moments = _take_moments(model, optimizer)
     if not found.diverged and found.losses:
         found.diverged = found.losses[-1][1] > min(value for _, value in found.losses) + RISEN
     return found

@@ -2,18 +2,21 @@
 
     python experiments/ablate.py --preset small --n 4096 --steps 300 --batch 4 --seeds 0,1,2 --out runs/ablate
     python experiments/ablate.py --arms "gumbel,gumbel:sink=false,gumbel:lr_scale=2" --set window=256 ...
+    python experiments/ablate.py --steps 4000 --dense-steps 3000 ...                 dense first, then arms
     python experiments/ablate.py --out runs/ablate --resume --time-limit 500 ...     what is missing, in parts
     python experiments/ablate.py --out runs/ablate --report-only                     table and plots again
 
 An arm is a layer pattern (mha, full, near) or a grouping (gumbel, contiguous, kmeans, random) in the layers
 of the preset, with any field of CoGAConfig changed after a colon; `lr_scale` multiplies the learning rate.
 All arms of a seed start from the same weights where they share them, and see the same tokens in the same
-order, so they are compared seed by seed with the `--reference`. What is measured is in `_fit.py`, FLOPs are
-counted in `_flops.py`.
+order, so they are compared seed by seed with the `--reference`. With `--dense-steps` they share the first
+steps, too, on a model with `full` layers: weights and moments of the optimizer are taken over as they are.
+What is measured is in `_fit.py`, FLOPs are counted in `_flops.py`.
 
-The folder gets rows.jsonl (one line a run, as soon as it is done), table.md, positions.png, losses.png and
-flips.png. Exit codes: 0 done or out of time, 1 a run that did not fit into memory, 2 settings or files that
-do not fit (one line, nothing written), 130 Ctrl-C; rows that are there are kept and not run again.
+The folder gets rows.jsonl (one line a run, as soon as it is done), table.md, positions.png, losses.png,
+flips.png and starts/ (dense models). Exit codes: 0 done or out of time, 1 a run that did not fit into memory,
+2 settings or files that do not fit (one line, nothing written), 130 Ctrl-C; rows that are there are kept and
+not run again.
 """
 
 from __future__ import annotations
@@ -40,12 +43,14 @@ from _ablate_settings import (
     same_settings,
     setting_of,
 )
-from _arms import Arm, slug
+from _arms import Arm, sharing_start, slug
 from _common import choose_device, environment, fail, machine_line, make_folder
+from _dense_start import dense_twin, kept, load_start, save_start, start_folder
 from _evaluate import probe_tokens
-from _fit import fit, group_metrics, per_hundred, position_report, validate
+from _fit import Moments, fit, group_metrics, per_hundred, position_report, validate
 from _flops import flops, training_flops
 from _rows import ROWS, append_row, clean, provenance, read_rows
+from _script import read_as
 from tqdm import tqdm
 
 from coga import CoGAConfig
@@ -58,32 +63,78 @@ __all__ = ["main"]
 # --- one run -----------------------------------------------------------------------------------------------
 
 
+def _options(arm: Arm, setting: Setting, device: torch.device) -> dict[str, Any]:
+    """What all steps of a run have in common."""
+    return dict(
+        lr=setting.lr * arm.lr_scale,
+        warmup=setting.warmup,
+        floor=setting.final_lr,
+        device=device,
+        compiled=setting.compile,
+        graphed=setting.graph,
+    )
+
+
+def _start(
+    arm: Arm, seed: int, setting: Setting, corpus: Corpus, device: torch.device, starts: Path
+) -> tuple[CoGAGPT, Moments | None, dict[str, Any]]:
+    """The arm's model, the moments of its optimizer, and what its dense start measured, if it has one."""
+    config = arm.config(setting.preset, setting.model, seed)
+    if not setting.dense_steps:
+        return arm.build(setting.preset, setting.model, seed), None, {"losses": [], "tokens": 0}
+    twin, options = dense_twin(config), _options(arm, setting, device)
+    names = ("steps", "dense_steps", "dense_n", "warmup", "final_lr", "precision", "sha256")
+    decides = {name: getattr(setting, name) for name in names}
+    folder = start_folder(starts, twin, lr=options["lr"], bytes=setting.batch * setting.n, **decides)
+    if not kept(folder):
+        plain = CoGAConfig.preset(setting.preset, **{"seed": seed, **setting.model})
+        model = sharing_start(twin, plain).to(device)
+        many = setting.batch * setting.n // setting.dense_n
+        drawn = partial(batches, corpus, setting.dense_n, many, seed)
+        title = f"dense start of {arm.text} seed {seed}"
+        rest = dict(last=setting.dense_steps, keep_moments=True, title=title)
+        save_start(folder, model, fit(model, drawn, setting.steps, **rest, **options))
+    model, moments, summary = load_start(folder)
+    if twin != config:
+        model = read_as(model, far_bias=0.0, **dataclasses.asdict(config))
+    return model, moments, summary
+
+
 def _run(
-    arm: Arm, seed: int, setting: Setting, corpus: Corpus, device: torch.device, models: Path | None
+    arm: Arm,
+    seed: int,
+    setting: Setting,
+    corpus: Corpus,
+    device: torch.device,
+    models: Path | None,
+    starts: Path,
 ) -> dict[str, Any]:
     """Train and measure one arm with one seed: its row. The model goes to a folder in `models`."""
-    began = time.monotonic()
     config = arm.config(setting.preset, setting.model, seed)
-    model = arm.build(setting.preset, setting.model, seed).to(device)
+    model, moments, dense = _start(arm, seed, setting, corpus, device, starts)
+    began = time.monotonic()
+    model = model.to(device)
     probe_T = probe_tokens(corpus, setting.n).to(device)
     fitted = fit(
         model,
         partial(batches, corpus, setting.n, setting.batch, seed),
         setting.steps,
-        lr=setting.lr * arm.lr_scale,
-        warmup=setting.warmup,
-        device=device,
+        first=setting.dense_steps,
+        moments=moments,
         probe_T=probe_T,
-        compiled=setting.compile,
-        graphed=setting.graph,
         title=f"{arm.text} seed {seed}",
+        **_options(arm, setting, device),
     )
+    fitted.losses = [
+        (step, math.nan if loss is None else loss) for step, loss in dense["losses"]
+    ] + fitted.losses
     if models is not None:
         model.save_pretrained(models / f"{slug(arm.text)}-{seed}")
     tokens_BT, targets_BT = contexts(corpus, setting.n, setting.validation)
     loss_T, used = validate(model, tokens_BT, targets_BT, device, setting.batch)
     parts = flops(config, setting.n)
     trained = training_flops(config, setting.n) * fitted.tokens
+    trained += training_flops(dense_twin(config), setting.dense_n) * dense["tokens"]
     speed = fitted.tokens_per_second
     metrics: dict[str, Any] = {
         **position_report(loss_T, setting.beyond),
@@ -93,6 +144,8 @@ def _run(
         "grad_norm_max": max(fitted.grad_norms),
         "train_loss": fitted.losses[-1][1],
         **fitted.flips,
+        "dense_tokens": dense["tokens"],
+        "dense_seconds": dense.get("seconds"),
         "seconds": fitted.seconds,
         "tokens_per_second": speed,
         "forward_flops_per_token": parts,
@@ -108,7 +161,7 @@ def _run(
         "experiment": "ablate",
         "arm": arm.text,
         "seed": seed,
-        "tokens": fitted.tokens,
+        "tokens": fitted.tokens + dense["tokens"],
         "setting": dataclasses.asdict(setting),
         "model": model_of(arm, setting, seed),
         "metrics": metrics | {"wall_seconds": time.monotonic() - began},
@@ -128,7 +181,8 @@ def _took(row: dict[str, Any], warm: bool) -> float:
     found = row["metrics"]
     if not warm or not found["tokens_per_second"]:
         return found["wall_seconds"]
-    return found["wall_seconds"] - found["seconds"] + row["tokens"] / found["tokens_per_second"]
+    own = row["tokens"] - found["dense_tokens"]
+    return found["wall_seconds"] - found["seconds"] + own / found["tokens_per_second"]
 
 
 def _expected(rows: list[dict[str, Any]], arm: Arm, warm: bool) -> float:
@@ -150,6 +204,10 @@ def _show(arms: list[Arm], seeds: list[int], setting: Setting, corpus: Corpus, d
         f"warm-up {setting.warmup} steps; {setting.validation} held-out contexts; "
         f"compile {setting.compile}, CUDA graph {setting.graph}"
     )
+    if setting.dense_steps:
+        print(
+            f"        the first {setting.dense_steps} steps dense, on contexts of {setting.dense_n:,} tokens"
+        )
     print(f"        parameters and forward FLOPs a token ({setting.n:,} tokens):")
     for arm in arms:
         config = arm.config(setting.preset, setting.model, seeds[0])
@@ -168,6 +226,7 @@ def _run_all(
     folder: Path,
     deadline: float,
     models: Path | None,
+    starts: Path,
 ) -> tuple[list[str], list[str]]:
     """Append a row a run. Returns the runs that are left for lack of time, and those that did not fit."""
     failed: list[str] = []
@@ -177,7 +236,7 @@ def _run_all(
             if time.monotonic() + _expected(rows, arm, warm) > deadline:
                 return [f"{one.text} seed {other}" for one, other in todo[i:]], failed
             try:
-                row = clean(_run(arm, seed, setting, corpus, device, models))
+                row = clean(_run(arm, seed, setting, corpus, device, models, starts))
             except torch.OutOfMemoryError as error:
                 failed.append(f"{arm.text} seed {seed}")
                 bar.write(f"{failed[-1]}: out of memory, no row ({str(error).splitlines()[0]})")
@@ -217,6 +276,8 @@ def _main(argv: list[str] | None) -> int:
     setting = setting_of(args, corpus, device)
     same_settings(rows, arms, setting, args.out)
     make_folder(args.out)
+    if setting.dense_steps:
+        make_folder(args.starts)
     _show(arms, seeds, setting, corpus, device)
     print(f"out     {args.out}, reference {reference}", flush=True)
     done = {(row["arm"], row["seed"]) for row in rows}
@@ -226,7 +287,7 @@ def _main(argv: list[str] | None) -> int:
         print(f"resume  {len(arms) * len(seeds) - len(todo)} runs are already there, {len(todo)} to go")
     deadline = math.inf if args.time_limit is None else began + args.time_limit
     models = args.out / "models" if args.save_models else None
-    left, failed = _run_all(todo, rows, setting, corpus, device, args.out, deadline, models)
+    left, failed = _run_all(todo, rows, setting, corpus, device, args.out, deadline, models, args.starts)
     if rows:
         report.write(args.out, rows, reference)
     print(f"{time.monotonic() - began:.0f} s; everything is in {args.out}")

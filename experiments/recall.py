@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 from _arms import Arm, parse_arms, slug
 from _common import choose_device
+from _dense_start import dense_twin
 from _fit import Fitted, fit
 from _recall import Row, Vocabulary, classes, mqar, needle, recalled, scattered, stack
 from _recall_plots import plot_all
@@ -57,12 +58,6 @@ from coga.models import CoGAGPT
 __all__ = ["main"]
 
 TOKENS_AT_ONCE = {"cpu": 2**14, "cuda": 2**18}
-# Fields that change nothing in a model without groups.
-GROUPS_ONLY = (
-    "grouping", "open_groups", "capacity_factor", "refine_steps", "refine_gradient", "beta", "kmeans_steps",
-    "refine_groups", "reciprocal_groups", "far_bias_init", "far_warmup", "noise", "tau_start", "tau_end",
-    "tau_steps", "slow_prototypes", "slow_decay", "hysteresis", "coherence_weight", "freeze_step", "revive",
-)  # fmt: skip
 # A tiny model finds keys sooner with more heads, rotary parts that turn fast, larger first weights and
 # attention that starts soft: with gain 2 it recalls 0.66 where it recalls 0.95 with gain 1.
 EASIER = {"tiny": {"n_head": 4, "rope_theta": 100.0, "init_std": 0.1, "gain_init": 1.0}}
@@ -206,15 +201,6 @@ def measure(model: CoGAGPT, args: argparse.Namespace, device: Any, title: str) -
     return found
 
 
-def short_twin(config: CoGAConfig) -> CoGAConfig:
-    """The model of the warm-up: what differs between arms only in their groups is the same model."""
-    if any(config.layer(i).kind == "mha" for i in range(config.n_layer)):
-        return config
-    default = {field.name: field.default for field in dataclasses.fields(CoGAConfig)}
-    same = {name: default[name] for name in GROUPS_ONLY}
-    return config.replace(**same, layers="full", window=max(1, config.band))
-
-
 def _train(model: CoGAGPT, args: argparse.Namespace, first: int, steps: int, lr: float, title: str) -> Fitted:
     fitted = fit(
         model,
@@ -234,7 +220,7 @@ def _train(model: CoGAGPT, args: argparse.Namespace, first: int, steps: int, lr:
 
 def warmed_up(config: CoGAConfig, args: argparse.Namespace, device: Any) -> CoGAGPT:
     """The arm's model after the warm-up, which is trained once for all arms that share it."""
-    twin = short_twin(config)
+    twin = dense_twin(config)
     name = hashlib.sha256(twin.to_json().encode()).hexdigest()[:12]
     folder = args.out / "warm-up" / name
     if (folder / "config.json").exists():  # written after the weights

@@ -1,0 +1,71 @@
+"""A start that arms share: the first steps of a run on a dense model, trained once and kept.
+
+What differs between arms only in their groups has the same dense twin (layers `full`). Its weights and the
+moments of AdamW are kept in a folder named after the twin and whatever else decides them, so that an arm that
+comes later, or in another process, goes on from the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from _common import read_json, replace_with, write_json
+from _fit import Fitted, Moments
+from _rows import clean
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from coga import CoGAConfig
+from coga.models import CoGAGPT
+
+__all__ = ["dense_twin", "kept", "load_start", "save_start", "start_folder"]
+
+# Fields that change nothing in a model without groups.
+GROUPS_ONLY = (
+    "grouping", "open_groups", "capacity_factor", "refine_steps", "refine_gradient", "beta", "kmeans_steps",
+    "refine_groups", "reciprocal_groups", "far_bias_init", "far_warmup", "noise", "tau_start", "tau_end",
+    "tau_steps", "slow_prototypes", "slow_decay", "hysteresis", "coherence_weight", "freeze_step", "revive",
+)  # fmt: skip
+MOMENTS, SUMMARY = "moments.safetensors", "summary.json"
+
+
+def dense_twin(config: CoGAConfig) -> CoGAConfig:
+    """The model with `full` layers, whatever belongs to groups at its default; `mha` models are their own."""
+    if any(config.layer(i).kind == "mha" for i in range(config.n_layer)):
+        return config
+    default = {field.name: field.default for field in dataclasses.fields(CoGAConfig)}
+    same = {name: default[name] for name in GROUPS_ONLY}
+    return config.replace(**same, layers="full", window=max(1, config.band))
+
+
+def start_folder(parent: Path, twin: CoGAConfig, **rest: Any) -> Path:
+    """Where the start of this twin is kept; `rest`: what else decides it (seed, text, steps ...)."""
+    text = twin.to_json() + json.dumps(clean(rest), sort_keys=True)
+    return parent / hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def kept(folder: Path) -> bool:
+    """Whether the folder holds a whole start: the summary is written last."""
+    return (folder / SUMMARY).is_file()
+
+
+def save_start(folder: Path, model: CoGAGPT, fitted: Fitted) -> None:
+    """Weights, moments and what was measured, each file whole or absent."""
+    model.save_pretrained(folder)
+    flat = {f"{key} {name}": x.contiguous() for name, one in fitted.moments.items() for key, x in one.items()}
+    replace_with(folder / MOMENTS, lambda path: save_file(flat, path))
+    names = ("losses", "grad_norms", "seconds", "tokens", "tokens_per_second", "peak_bytes", "diverged")
+    write_json(folder / SUMMARY, clean({name: getattr(fitted, name) for name in names}))
+
+
+def load_start(folder: Path) -> tuple[CoGAGPT, Moments, dict[str, Any]]:
+    """Model (on the CPU), moments by parameter, summary."""
+    moments: dict[str, dict[str, Tensor]] = {}
+    for key, x in load_file(folder / MOMENTS).items():
+        kind, name = key.split(" ", 1)
+        moments.setdefault(name, {})[kind] = x
+    return CoGAGPT.from_pretrained(folder), moments, read_json(folder / SUMMARY)
