@@ -527,7 +527,11 @@ def test_a_run_that_would_end_too_late_is_not_started(done, text, tmp_path, monk
     near, mha = _arms.parse_arms("near,mha")
     # Of 50 and 70 seconds 40 were training, 38 of them building kernels: 100 tokens at 50 a second take 2.
     rows = [
-        {"arm": arm, "tokens": 100, "metrics": {"wall_seconds": s, "seconds": 40, "tokens_per_second": 50}}
+        {
+            "arm": arm,
+            "tokens": 1100,
+            "metrics": {"wall_seconds": s, "seconds": 40, "tokens_per_second": 50, "dense_tokens": 1000},
+        }
         for arm, s in (("near", 50.0), ("gumbel", 70.0))
     ]
     assert [ablate._expected(rows, arm, False) for arm in (near, mha)] == [50, 70]
