@@ -19,6 +19,7 @@ import contextlib
 import datetime
 import gc
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -39,18 +40,26 @@ from coga.models.mha import MultiHeadAttention
 
 DIM, HEADS = 768, 12
 FIXED = dict(latent_dim=64, rope_dim=32, window=512, layers="32", open_groups=16)
-SETTINGS: dict[str, dict] = {
-    "fixed": FIXED,
-    "C128": FIXED | dict(latent_dim=128),
-    "R64-K8": FIXED | dict(layers="64", open_groups=8),
-    "W1024": FIXED | dict(window=1024),
-    "K8": FIXED | dict(open_groups=8),
-    "K4": FIXED | dict(open_groups=4),
-    "R64-K4": FIXED | dict(layers="64", open_groups=4),
-    "K0": FIXED | dict(open_groups=0),
-    "full": FIXED | dict(layers="full"),
-    "near": FIXED | dict(layers="near"),
-}
+LETTERS = {"C": "latent_dim", "P": "rope_dim", "W": "window", "R": "layers", "K": "open_groups",
+           "cap": "capacity_factor"}  # fmt: skip
+
+
+def setting_of(name: str) -> dict:
+    """ "fixed", "full" and "near", or what differs from fixed: R64-K8, W256, cap1.5. ValueError else."""
+    if name in ("fixed", "full", "near"):
+        return FIXED | ({} if name == "fixed" else {"layers": name})
+    changes: dict = {}
+    for part in name.split("-"):
+        found = re.fullmatch(r"([A-Za-z]+)(\d+(?:\.\d+)?)", part)
+        field = LETTERS.get(found[1]) if found else None
+        if found is None or field is None or field in changes:
+            rule = "must be fixed, full, near, or parts such as R64-K8 of " + ", ".join(LETTERS)
+            raise ValueError(f"settings={name!r}: {rule}")
+        number = float(found[2]) if "." in found[2] else int(found[2])
+        changes[field] = str(number) if field == "layers" else number
+    setting = FIXED | changes
+    module_of(setting)
+    return setting
 
 
 def module_of(setting: dict, **changes) -> tuple[CoGAAttention, CoGAConfig]:
@@ -309,7 +318,7 @@ def row(implementation, setting, length, batch, kind, ms, peak, launched) -> dic
 
 
 HEAD = (
-    f"{'implementation':16s}{'setting':10s}{'length':>8s} {'pass':8s}{'ms':>9s}{'launched':>9s}{'MiB':>7s}"
+    f"{'implementation':16s}{'setting':14s}{'length':>8s} {'pass':8s}{'ms':>9s}{'launched':>9s}{'MiB':>7s}"
     f"{'x dense':>9s}"
 )
 
@@ -319,7 +328,7 @@ def line(row: dict, best: dict) -> str:
     dense = best.get((row.get("commit"), row["length"], row["pass"]))
     speed = f"{dense / row['ms']:9.2f}" if dense else f"{'-':>9s}"
     return (
-        f"{row['implementation']:16s}{row['setting']:10s}{row['length']:8d} {row['pass']:8s}"
+        f"{row['implementation']:16s}{row['setting']:14s}{row['length']:8d} {row['pass']:8s}"
         f"{row['ms']:9.3f}{row['launched_ms']:9.3f}{row['peak_mib']:7.0f}{speed}"
     )
 
@@ -399,7 +408,7 @@ def report_only(folder: Path) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", default="4096,8192,16384,32768,65536,131072")
-    parser.add_argument("--settings", default="fixed", help=f"of {', '.join(SETTINGS)}")
+    parser.add_argument("--settings", default="fixed", help="fixed, full, near, or changes: R64-K8,W256,C128")
     parser.add_argument("--tokens", type=int, default=65536, help="tokens a batch (a longer length: one row)")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--repeats", type=int, default=15)
@@ -410,12 +419,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.report_only:
         return report_only(args.out)
+    try:
+        settings = {name: setting_of(name) for name in args.settings.split(",")}
+    except ValueError as error:
+        print(f"bench_attention: {error}", file=sys.stderr)
+        return 2
     if not torch.cuda.is_available():
         print("bench_attention: device: needs a CUDA GPU", file=sys.stderr)
-        return 2
-    unknown = [s for s in args.settings.split(",") if s not in SETTINGS]
-    if unknown:
-        print(f"bench_attention: settings={unknown[0]!r}: must be of {', '.join(SETTINGS)}", file=sys.stderr)
         return 2
     print(vars(args) | {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}, flush=True)
     dtype = getattr(torch, args.dtype)
@@ -435,10 +445,10 @@ def main(argv: list[str] | None = None) -> int:
     red = []
     best = dense_times(rows)
     print(HEAD)
-    for name in args.settings.split(","):
+    for name, setting in settings.items():
         good, ratio = False, {}
         with attempt(f"check {name}"):
-            good, ratio = check(SETTINGS[name], dtype)
+            good, ratio = check(setting, dtype)
         shown = {k: round(v, 2) for k, v in ratio.items()}
         print(f"check {name}: {'ok' if good else 'RED'}, error over plain PyTorch's: {shown}", flush=True)
         if not good:
@@ -446,7 +456,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         for length in lengths:
             batch = tokens(length) // length
-            module, config = module_of(SETTINGS[name])
+            module, config = module_of(setting)
             module = module.to("cuda", dtype)
             x = torch.randn(batch, length, DIM, device="cuda", dtype=dtype, requires_grad=True)
             context = context_of(config, length, config.rope_dim, dtype, "cuda")
@@ -461,7 +471,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.parts:
         print("parts, forward, uncompiled, at 32,768:")
         with attempt("parts"):
-            parts_of(SETTINGS[args.settings.split(",")[0]], 32768, args.tokens, dtype, args.repeats)
+            parts_of(next(iter(settings.values())), 32768, args.tokens, dtype, args.repeats)
     save()
     report(rows, args.out)
     if red:

@@ -32,3 +32,19 @@ def test_report_only_refuses_what_are_no_rows(text, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith("bench_attention: out=") and len(error.splitlines()) == 1
     assert not (tmp_path / "attention_speed.png").exists()
+
+
+def test_settings_are_named_by_what_differs():
+    fixed = bench_attention.setting_of("fixed")
+    assert fixed == dict(latent_dim=64, rope_dim=32, window=512, layers="32", open_groups=16)
+    assert bench_attention.setting_of("W256-R64-K8") == fixed | dict(window=256, layers="64", open_groups=8)
+    assert bench_attention.setting_of("C128-cap1.5") == fixed | dict(latent_dim=128, capacity_factor=1.5)
+    assert bench_attention.setting_of("near") == fixed | dict(layers="near")
+
+
+@pytest.mark.parametrize("name", ["fast", "R64-", "R64-R32", "Q8", "R48", "K-1", "W16", "P3", ""])
+def test_settings_that_cannot_be(name, tmp_path, capsys):
+    assert bench_attention.main(["--settings", name, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("bench_attention: ") and len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()

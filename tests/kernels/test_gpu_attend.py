@@ -196,6 +196,7 @@ SHAPES = {
     "content-256": dict(length=645, heads=3, content=256, rotary=32, count=2),
     "heads-32-capacity": dict(length=517, heads=32, size=16, capacity=1.5, rotary=16),
     "window-512": dict(length=1541, heads=3, window=512, size=64, count=3),
+    "groups-of-128": dict(length=1541, heads=12, window=512, size=128, count=2),
     "window-1024-all-opened": dict(length=3077, heads=1, window=1024, size=64, count=1000),
     "nothing-opened": dict(length=1025, heads=3, count=0, band=0, sink=False),
     "opened-shifted": dict(length=1025, heads=3, size=16, shift=-2.5),
