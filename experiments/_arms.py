@@ -3,7 +3,7 @@
     "gumbel"                                  one of the groupings, in the layers of the run
     "near", "full", "mha"                     every layer of that kind
     "gumbel:hysteresis=1,sink=false"          any field of `CoGAConfig`, values as JSON or text
-    "gumbel:lr_scale=2"                       and the run's own: lr_scale
+    "gumbel:lr_scale=2,prototype_lr=0.1"      and the run's own: all rates, and the prototypes' beside it
 
 A list of arms is separated by commas; a part without a name ("sink=false") belongs to the arm before it.
 """
@@ -26,12 +26,13 @@ __all__ = ["Arm", "field_value", "parse_arms", "parse_integers", "sharing_start"
 
 @dataclass(frozen=True)
 class Arm:
-    """text: as given, the name of the arm's rows; changes: of the configuration; lr_scale: of the run."""
+    """text: as given, the name of the arm's rows; changes: of the configuration; rates: of the run."""
 
     text: str
     name: str
     changes: dict[str, Any]
     lr_scale: float = 1.0
+    prototype_lr: float = 1.0
 
     def config(self, preset: str, base: Mapping[str, Any], seed: int) -> CoGAConfig:
         """The model: preset, then what all arms share, then the arm. ValueError on what does not fit."""
@@ -94,10 +95,13 @@ def _arm(text: str, name: str, fields: list[str]) -> Arm:
         if key in changes:
             raise ValueError(f"arms={text!r}: names {key} twice")
         changes[key] = value
-    scale = changes.pop("lr_scale", 1.0)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
-        raise ValueError(f"arms={text!r}: lr_scale={scale!r} must be a finite number above 0")
-    return Arm(text, name, changes, float(scale))
+    rates = {"lr_scale": 1.0, "prototype_lr": 1.0}
+    for key in rates:
+        rate = changes.pop(key, 1.0)
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
+            raise ValueError(f"arms={text!r}: {key}={rate!r} must be a finite number above 0")
+        rates[key] = float(rate)
+    return Arm(text, name, changes, **rates)
 
 
 def parse_arms(text: str) -> list[Arm]:

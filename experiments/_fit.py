@@ -121,16 +121,29 @@ def rate_at(step: int, steps: int, peak: float, warmup: int, floor: float = 0.1)
 
 
 def make_optimizer(
-    model: CoGAGPT, lr: float, device: torch.device, graphed: bool = False
+    model: CoGAGPT, lr: float, device: torch.device, graphed: bool = False, prototype_lr: float = 1.0
 ) -> torch.optim.Optimizer:
-    kept = [p for p in model.parameters() if p.requires_grad]
+    """AdamW; prototypes learn at `prototype_lr` times the rate of the rest."""
+    kept = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    prototypes = [p for name, p in kept if name.endswith("prototypes_GC")]
+    rest = [p for name, p in kept if not name.endswith("prototypes_GC")]
     groups = [
-        {"params": [p for p in kept if p.ndim >= 2], "weight_decay": 0.1},
-        {"params": [p for p in kept if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": 0.1, "scale": 1.0},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0, "scale": 1.0},
+        {"params": prototypes, "weight_decay": 0.0, "scale": prototype_lr},  # unit vectors: nothing to decay
     ]
     fused = device.type == "cuda"
-    rate = torch.tensor(lr, device=device) if graphed else lr
-    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=fused, capturable=graphed)
+    made = torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=lr,
+        betas=(0.9, 0.95),
+        fused=fused,
+        capturable=graphed,
+    )
+    if graphed:  # what a recorded step reads
+        for group in made.param_groups:
+            group["lr"] = torch.tensor(lr, device=device)
+    return made
 
 
 def _give_moments(model: CoGAGPT, optimizer: torch.optim.Optimizer, moments: Moments) -> None:
@@ -147,10 +160,11 @@ def _take_moments(model: CoGAGPT, optimizer: torch.optim.Optimizer) -> Moments:
 
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
+        own = rate * group["scale"]
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)  # what a recorded step reads
+            group["lr"].fill_(own)
         else:
-            group["lr"] = rate
+            group["lr"] = own
 
 
 def _to(device: torch.device, *tensors: Tensor) -> list[Tensor]:
@@ -205,6 +219,7 @@ def fit(
     warmup: int,
     device: torch.device,
     floor: float = 0.1,
+    prototype_lr: float = 1.0,
     first: int = 0,
     last: int | None = None,
     moments: Moments | None = None,
@@ -218,6 +233,7 @@ def fit(
 
     batches  step -> tokens and next tokens, (B, T) int64 on the host; probe_T: on the device
     floor    learning rate at the end of the schedule, over its peak
+    prototype_lr  learning rate of prototypes over that of the rest
     moments  of AdamW at the start (none); keep_moments: hand them back
     graphed  record the step as a CUDA graph (same numbers, no waiting for the host; needs a GPU)
     A loss or gradient that is not finite ends the run: `diverged`.
@@ -225,7 +241,7 @@ def fit(
     found = Fitted(steps)
     model.train()
     reset_peak_memory(device)
-    optimizer = make_optimizer(model, lr, device, graphed)
+    optimizer = make_optimizer(model, lr, device, graphed, prototype_lr)
     _give_moments(model, optimizer, moments or {})
     if compiled:
         model.compile_blocks()  # models of the same shape share what is compiled

@@ -7,7 +7,8 @@
     python experiments/ablate.py --out runs/ablate --report-only                     table and plots again
 
 An arm is a layer pattern (mha, full, near) or a grouping (gumbel, contiguous, kmeans, random) in the layers
-of the preset, with any field of CoGAConfig changed after a colon; `lr_scale` multiplies the learning rate.
+of the preset, with any field of CoGAConfig changed after a colon; `lr_scale` multiplies the learning rate,
+`prototype_lr` that of the prototypes.
 All arms of a seed start from the same weights where they share them, and see the same tokens in the same
 order, so they are compared seed by seed with the `--reference`. With `--dense-steps` they share the first
 steps, too, on a model with `full` layers: weights and moments of the optimizer are taken over as they are.
@@ -120,6 +121,7 @@ def _run(
         partial(batches, corpus, setting.n, setting.batch, seed),
         setting.steps,
         first=setting.dense_steps,
+        prototype_lr=arm.prototype_lr,
         moments=moments,
         probe_T=probe_T,
         title=f"{arm.text} seed {seed}",

@@ -108,6 +108,7 @@ def test_arms_keep_lists_and_patterns_whole():
         ("gumbel,", "must be one of"),
         ("sink=false", "no arm before"),
         ("gumbel,sink=false", "no arm before"),
+        ("gumbel:prototype_lr=0", "above 0"),
         ("gumbel:sink", "FIELD=VALUE"),
         ("gumbel:", "FIELD=VALUE"),
         ("gumbel,near,gumbel", "twice"),
@@ -380,6 +381,21 @@ def test_arms_see_the_same_batches_and_a_run_repeats(text, tmp_path, done, monke
         assert figures(mine[key]) == figures(theirs[key])
         assert mine[key]["curves"] == theirs[key]["curves"]
     assert figures(theirs["near", 0]) != figures(theirs["near", 1])
+
+
+def test_prototypes_may_learn_at_a_rate_of_their_own(corpus):
+    """At a millionth of the rate they stay where they were, and the rest does not."""
+    moved = []
+    for rate in (1.0, 1e-6):
+        model = CoGAGPT(CoGAConfig.preset("tiny", **SMALL, revive=0.0))
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        drawn = lambda step: batches(corpus, 100, 2, 0, step)  # noqa: E731
+        _fit.fit(model, drawn, 4, lr=1e-2, warmup=1, device=CPU, prototype_lr=rate)
+        after = model.state_dict()
+        names = ("blocks.1.attention.grouping.prototypes_GC", "embedding.weight")
+        moved.append([float((after[k] - before[k]).abs().max()) for k in names])
+    assert moved[0][0] > 1e-3 and moved[1][0] < 1e-6
+    assert min(moved[0][1], moved[1][1]) > 1e-3
 
 
 def test_models_are_kept_where_asked_for(done, text, tmp_path):
