@@ -4,6 +4,7 @@
     "near", "full", "mha"                     every layer of that kind
     "gumbel:hysteresis=1,sink=false"          any field of `CoGAConfig`, values as JSON or text
     "gumbel:lr_scale=2,prototype_lr=0.1"      and the run's own: all rates, and the prototypes' beside it
+    "gumbel:prototypes=random"                and where they start after a dense start ("data" if not said)
 
 A list of arms is separated by commas; a part without a name ("sink=false") belongs to the arm before it.
 """
@@ -26,13 +27,14 @@ __all__ = ["Arm", "field_value", "parse_arms", "parse_integers", "sharing_start"
 
 @dataclass(frozen=True)
 class Arm:
-    """text: as given, the name of the arm's rows; changes: of the configuration; rates: of the run."""
+    """text: as given, the name of the arm's rows; changes: of the configuration; the rest: of the run."""
 
     text: str
     name: str
     changes: dict[str, Any]
     lr_scale: float = 1.0
     prototype_lr: float = 1.0
+    prototypes: str = "data"
 
     def config(self, preset: str, base: Mapping[str, Any], seed: int) -> CoGAConfig:
         """The model: preset, then what all arms share, then the arm. ValueError on what does not fit."""
@@ -101,7 +103,10 @@ def _arm(text: str, name: str, fields: list[str]) -> Arm:
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
             raise ValueError(f"arms={text!r}: {key}={rate!r} must be a finite number above 0")
         rates[key] = float(rate)
-    return Arm(text, name, changes, **rates)
+    prototypes = changes.pop("prototypes", "data")
+    if prototypes not in ("data", "random"):
+        raise ValueError(f"arms={text!r}: prototypes={prototypes!r} must be data or random")
+    return Arm(text, name, changes, **rates, prototypes=prototypes)
 
 
 def parse_arms(text: str) -> list[Arm]:

@@ -4,7 +4,8 @@
             most of the past
 
 Nothing is trained: the layers keep their weights, group summaries get a far bias of 0 (a dense model has no
-opinion on them) and the refinement of groups starts as a residual of zero.
+opinion on them), prototypes are centres of k-means over the content of some training text, and the refinement
+of groups starts as a residual of zero.
 """
 
 from __future__ import annotations
@@ -59,9 +60,11 @@ class Reading:
         """ValueError where the reading does not fit the model."""
         return config.replace(**self.changes(window, capacity))
 
-    def model(self, model: CoGAGPT, window: int, capacity: float, far_bias: float) -> CoGAGPT:
-        """A copy of the model under this reading."""
-        return read_as(model, far_bias=far_bias, **self.changes(window, capacity))
+    def model(
+        self, model: CoGAGPT, window: int, capacity: float, far_bias: float, text_BT: Tensor | None = None
+    ) -> CoGAGPT:
+        """A copy of the model under this reading; prototypes are found in the text, if there is one."""
+        return read_as(model, far_bias=far_bias, text_BT=text_BT, **self.changes(window, capacity))
 
 
 def parse_reading(text: str) -> Reading:

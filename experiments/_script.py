@@ -29,8 +29,11 @@ from _common import (
 )
 from _rows import ROWS, clean, read_rows
 from _settings import override
+from torch import Tensor
 
+from coga.data import Corpus, batches
 from coga.models import CoGAGPT
+from coga.models.prototypes import fit_prototypes
 
 __all__ = [
     "add_speed",
@@ -43,10 +46,13 @@ __all__ = [
     "open_folder",
     "parser",
     "positive",
+    "prototype_text",
     "read_as",
     "run_script",
     "show",
 ]
+
+PROTOTYPE_TOKENS = 2**14
 
 
 def parser(description: str, out: str) -> argparse.ArgumentParser:
@@ -117,8 +123,18 @@ def load_model(path: Path) -> CoGAGPT:
     return CoGAGPT.from_pretrained(model_folder(path))
 
 
-def read_as(model: CoGAGPT, layers: str, far_bias: float, **changes: Any) -> CoGAGPT:
-    """A copy under another pattern, group summaries with this bias; what is fresh is what groups add."""
+def prototype_text(corpus: Corpus, n: int, seed: int) -> Tensor:
+    """Contexts of the training text, (B, n), for `read_as` to find prototypes in."""
+    return batches(corpus, n, max(1, PROTOTYPE_TOKENS // n), seed, 0)[0]
+
+
+def read_as(
+    model: CoGAGPT, layers: str, far_bias: float, text_BT: Tensor | None = None, **changes: Any
+) -> CoGAGPT:
+    """A copy under another pattern, group summaries with this bias; what is fresh is what groups add.
+
+    text_BT  where learned groupings find their prototypes by k-means; None, or no whole window: random ones
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         other = model.with_layers(layers, **changes)
@@ -126,6 +142,9 @@ def read_as(model: CoGAGPT, layers: str, far_bias: float, **changes: Any) -> CoG
         for name, parameter in other.named_parameters():
             if name.endswith("far_bias_H"):
                 parameter.fill_(far_bias)
+    windows = [layer.window for layer in map(other.config.layer, range(other.config.n_layer)) if layer.groups]
+    if text_BT is not None and windows and text_BT.shape[1] >= max(windows):
+        fit_prototypes(other, text_BT.to(other.embedding.weight.device), other.config.seed)
     return other
 
 

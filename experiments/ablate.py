@@ -11,8 +11,9 @@ of the preset, with any field of CoGAConfig changed after a colon; `lr_scale` mu
 `prototype_lr` that of the prototypes.
 All arms of a seed start from the same weights where they share them, and see the same tokens in the same
 order, so they are compared seed by seed with the `--reference`. With `--dense-steps` they share the first
-steps, too, on a model with `full` layers: weights and moments of the optimizer are taken over as they are.
-What is measured is in `_fit.py`, FLOPs are counted in `_flops.py`.
+steps, too, on a model with `full` layers: weights and moments of the optimizer are taken over as they are,
+and prototypes are found in the text by k-means (`prototypes=random`: they are not). What is measured is in
+`_fit.py`, FLOPs are counted in `_flops.py`.
 
 The folder gets rows.jsonl (one line a run, as soon as it is done), table.md, positions.png, losses.png,
 flips.png and starts/ (dense models). Exit codes: 0 done or out of time, 1 a run that did not fit into memory,
@@ -51,7 +52,7 @@ from _evaluate import probe_tokens
 from _fit import Moments, fit, group_metrics, per_hundred, position_report, validate
 from _flops import flops, training_flops
 from _rows import ROWS, append_row, clean, provenance, read_rows
-from _script import read_as
+from _script import prototype_text, read_as
 from tqdm import tqdm
 
 from coga import CoGAConfig
@@ -97,7 +98,8 @@ def _start(
         save_start(folder, model, fit(model, drawn, setting.steps, **rest, **options))
     model, moments, summary = load_start(folder)
     if twin != config:
-        model = read_as(model, far_bias=0.0, **dataclasses.asdict(config))
+        text = prototype_text(corpus, setting.n, seed) if arm.prototypes == "data" else None
+        model = read_as(model, far_bias=0.0, text_BT=text, **dataclasses.asdict(config))
     return model, moments, summary
 
 

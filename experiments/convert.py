@@ -38,6 +38,7 @@ from _script import (
     open_folder,
     parser,
     positive,
+    prototype_text,
     run_script,
     show,
 )
@@ -73,6 +74,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--window", type=int, default=128, help="tokens in a window (128)")
     add("--capacity", type=float, default=1.0, help="a group holds at most capacity x R tokens (1)")
     add("--far-bias", type=float, default=0.0, help="bias on group summaries when read without training (0)")
+    add("--prototypes", choices=("data", "random"), default="data", help="where learned ones start (data)")
     add("--finetune", type=int, default=0, metavar="STEPS", help="then fine-tune an arm, and full beside it")
     add(
         "--finetune-arm",
@@ -142,6 +144,7 @@ class Run:
     def add(self, row: dict[str, Any]) -> None:
         args = self.args
         shared = {"seed": args.seed, "n": args.n, "window": args.window, "capacity_factor": args.capacity}
+        shared |= {"prototypes": args.prototypes}
         row = {**row, **shared, "data": self.corpus.name, "sha256": self.corpus.sha256}
         append_row(args.out, {**row, **provenance(self.device)})
         self.rows.append(row)
@@ -187,7 +190,9 @@ class Run:
         return model
 
     def as_read(self, model: CoGAGPT, reading: Reading) -> CoGAGPT:
-        return reading.model(model, self.args.window, self.args.capacity, self.args.far_bias)
+        args = self.args
+        text = prototype_text(self.corpus, args.n, args.seed) if args.prototypes == "data" else None
+        return reading.model(model, args.window, args.capacity, args.far_bias, text)
 
     def zero_shot(self, model: CoGAGPT, wanted: list[Reading]) -> list[dict[str, Any]]:
         done = self.done("zero_shot")

@@ -231,7 +231,8 @@ def warmed_up(config: CoGAConfig, args: argparse.Namespace, device: Any) -> CoGA
         model.save_pretrained(folder)
         print(f"warm-up: loss {fitted.losses[-1][1]:.4f}, {fitted.seconds:.0f} s", flush=True)
     if twin != config:
-        model = read_as(model, far_bias=config.far_bias_init, **dataclasses.asdict(config))
+        text, bias = training_batch(args, args.warmup_steps)[0], config.far_bias_init
+        model = read_as(model, far_bias=bias, text_BT=text, **dataclasses.asdict(config))
     return model.to(device)
 
 

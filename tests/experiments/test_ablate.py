@@ -109,6 +109,7 @@ def test_arms_keep_lists_and_patterns_whole():
         ("sink=false", "no arm before"),
         ("gumbel,sink=false", "no arm before"),
         ("gumbel:prototype_lr=0", "above 0"),
+        ("gumbel:prototypes=best", "data or random"),
         ("gumbel:sink", "FIELD=VALUE"),
         ("gumbel:", "FIELD=VALUE"),
         ("gumbel,near,gumbel", "twice"),
