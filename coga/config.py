@@ -123,9 +123,9 @@ class CoGAConfig:
     grouping: str | tuple[str, ...] = "gumbel"
     open_groups: int | tuple[int, ...] | None = None
     capacity_factor: float | tuple[float, ...] = 1.0
-    refine_steps: int = 2
+    refine_steps: int = 4
     refine_gradient: str = "last"
-    beta: float = 8.0
+    beta: float = 64.0
     kmeans_steps: int = 8
     refine_groups: bool = True
     reciprocal_groups: bool = True

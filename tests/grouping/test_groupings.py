@@ -134,7 +134,7 @@ def test_the_gradient_is_that_of_the_soft_assignment():
     ctx = context(training=True, noise_step=3)
     got = torch.autograd.grad((module(x, ctx).weight_BNWG * value).sum(), (x, module.prototypes_GC))
     live, _ = module.logits(normalize(x, dim=-1), module.prototypes_GC)
-    noise = module._noise(ctx, B, N, W).to(F64)
+    noise = module.config.noise * module._noise(ctx, B, N, W).to(F64)
     soft = (live / module.config.tau_start + noise).softmax(-1)
     want = torch.autograd.grad((soft * value).sum(), (x, module.prototypes_GC))
     for a, b in zip(got, want, strict=True):
