@@ -29,7 +29,9 @@ def plot_speed(rows: list[dict[str, Any]], path: Path) -> None:
         dense = best.get((row.get("commit"), row["length"], row["pass"]))
         if not row["implementation"].startswith("sdpa") and dense:
             name = f"{row['implementation']} {row['setting']}", row["pass"]
-            lines.setdefault(name, {}).setdefault(row["length"], dense / row["ms"])
+            lines.setdefault(name, {})[row["length"]] = dense / row["ms"]  # of two runs the later
+    if len({len(points) for points in lines.values()}) > 1:  # a setting timed at one length is no line
+        lines = {name: points for name, points in lines.items() if len(points) > 1}
     figure, axis = plt.subplots(figsize=(6, 4))
     names = sorted({name for name, _ in lines})
     for (name, kind), points in sorted(lines.items()):
