@@ -39,7 +39,7 @@ from coga.models.context import CallContext
 from coga.models.mha import MultiHeadAttention
 
 DIM, HEADS = 768, 12
-FIXED = dict(latent_dim=64, rope_dim=32, window=512, layers="32", open_groups=16)
+FIXED = dict(latent_dim=64, rope_dim=32, window=512, layers="32", open_groups=16, capacity_factor=1.0)
 LETTERS = {"C": "latent_dim", "P": "rope_dim", "W": "window", "R": "layers", "K": "open_groups",
            "cap": "capacity_factor"}  # fmt: skip
 

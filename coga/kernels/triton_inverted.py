@@ -226,6 +226,8 @@ def _segment_kernel(
     c = tl.arange(0, BC)
     r = tl.arange(0, BP)
     n = tl.arange(0, BN)
+    if tl.program_id(1) * BS >= size:  # nobody is there: what is left unwritten is never read as a gradient
+        return
     member = tl.program_id(1) * BS + tl.arange(0, BS)
     live = (member < size)[:, None]
     every = (n >= 0)[:, None]
@@ -293,14 +295,15 @@ def _reduce_kernel(
 
 
 def launch_options(
-    heads: int, content: int, rotary: int, count: int, slots: int, *, exact: bool = False
+    heads: int, content: int, rotary: int, count: int, slots: int, *, mean: int, exact: bool = False
 ) -> dict:
     """Compile-time shape and launch of the segment kernel; `exact`: float32, off the tensor cores.
 
+    A program sums as many members as a group holds on average, and ends at once where there are none.
     A warp sums 32 members of up to 96 dims, or 16 wider ones, without spilling its accumulators. One buffer
     (STAGES 2) beats two: the next rows arrive while the warp works from registers, and more programs fit.
     """
-    members = min(64, max(16, triton.next_power_of_2(slots)))
+    members = min(64, max(16, triton.next_power_of_2(min(slots, mean))))
     narrow = content + rotary <= 96
     warps = max(1, members // (32 if narrow else 16))
     return dict(
@@ -343,7 +346,8 @@ def slot_gradient(
         index = invert(open_groups, groups)
     partial = q.new_empty(len(index.owner), slots, width, dtype=torch.float32)
     count, exact = open_groups.shape[-1], q.dtype == torch.float32
-    options = launch_options(heads, content, width - content, count, slots, exact=exact)
+    mean = total // groups
+    options = launch_options(heads, content, width - content, count, slots, mean=mean, exact=exact)
     _segment_kernel[(len(index.owner), triton.cdiv(slots, options["BS"]))](
         grad,
         lse,

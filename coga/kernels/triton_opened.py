@@ -37,10 +37,12 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _which(i, n, PACK: tl.constexpr, CHUNKS: tl.constexpr, BN: tl.constexpr):
+def _which(i, n, end, PACK: tl.constexpr, CHUNKS: tl.constexpr, BN: tl.constexpr, SKIP: tl.constexpr):
     """Opened groups that tile i reads: one scalar, or one entry a row where a tile holds several groups."""
     if PACK > 1:
         k = i * PACK + n // (BN // PACK)
+    elif SKIP:
+        k = tl.sum((end <= i).to(tl.int32), 0)
     else:
         k = i // CHUNKS
     return k
@@ -61,23 +63,54 @@ def _place(offset_ptr, size_ptr, group):
 
 
 @triton.jit
-def _rows(slot_ptr, start, i, n, L: tl.constexpr, PACK: tl.constexpr, CHUNKS: tl.constexpr, BN: tl.constexpr):
+def _rows(
+    slot_ptr,
+    start,
+    i,
+    n,
+    end,
+    L: tl.constexpr,
+    PACK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BN: tl.constexpr,
+    SKIP: tl.constexpr,
+):
     """Pointers to the rows of tile i and the index of each row within its group."""
     if PACK > 1:
         member = n % (BN // PACK)
         rows = slot_ptr + (start + member)[:, None] * L
     else:
-        member = n + (i % CHUNKS) * BN
+        if SKIP:
+            chunk = i - tl.max(tl.where(end <= i, end, 0), 0)
+        else:
+            chunk = i % CHUNKS
+        member = n + chunk * BN
         rows = (slot_ptr + start * L) + member[:, None] * L  # scalar base: wide loads, cheap addresses
     return rows, member
 
 
 @triton.jit
-def _tiles(open_ptr, K: tl.constexpr, KP: tl.constexpr, PACK: tl.constexpr, CHUNKS: tl.constexpr):
-    """How many tiles a token reads."""
+def _tiles(
+    open_ptr,
+    size_ptr,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    PACK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BN: tl.constexpr,
+    SKIP: tl.constexpr,
+):
+    """How many tiles a token reads; with SKIP, after how many each of its groups ends (KP,), else 0."""
     k = tl.arange(0, KP)
-    count = tl.max(tl.where(tl.load(open_ptr + k, mask=k < K, other=-1) >= 0, k + 1, 0), 0)
-    return (count + PACK - 1) // PACK * CHUNKS
+    group = tl.load(open_ptr + k, mask=k < K, other=-1)
+    if SKIP:
+        size = tl.load(size_ptr + group, mask=group >= 0, other=0).to(tl.int32)
+        end = tl.cumsum((size + BN - 1) // BN, 0)
+        tiles = tl.max(end, 0)
+    else:
+        end = 0
+        tiles = (tl.max(tl.where(group >= 0, k + 1, 0), 0) + PACK - 1) // PACK * CHUNKS
+    return tiles, end
 
 
 @triton.jit
@@ -103,6 +136,7 @@ def _forward_kernel(
     BN: tl.constexpr,
     PACK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    SKIP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     L: tl.constexpr = C + P
@@ -124,12 +158,12 @@ def _forward_kernel(
     m = tl.full([BH], -float("inf"), tl.float32)
     norm = tl.zeros([BH], tl.float32)
     acc = tl.zeros([BH, BC], tl.float32)
-    tiles = _tiles(open_ptr, K, KP, PACK, CHUNKS)
+    tiles, end = _tiles(open_ptr, size_ptr, K, KP, PACK, CHUNKS, BN, SKIP)
     # Ids run two tiles ahead and places one tile ahead, so that no address waits for a load of its own tile.
-    start, size = _place(offset_ptr, size_ptr, _open(open_ptr, _which(0, n, PACK, CHUNKS, BN), K))
-    group = _open(open_ptr, _which(1, n, PACK, CHUNKS, BN), K)
+    start, size = _place(offset_ptr, size_ptr, _open(open_ptr, _which(0, n, end, PACK, CHUNKS, BN, SKIP), K))
+    group = _open(open_ptr, _which(1, n, end, PACK, CHUNKS, BN, SKIP), K)
     for i in tl.range(0, tiles, num_stages=STAGES):
-        rows, member = _rows(slot_ptr, start, i, n, L, PACK, CHUNKS, BN)
+        rows, member = _rows(slot_ptr, start, i, n, end, L, PACK, CHUNKS, BN, SKIP)
         live = member < size
         k_c = tl.load(rows + c[None, :], mask=columns(live[:, None], c, C), other=0.0)
         s = product(q_c, k_c)
@@ -145,7 +179,7 @@ def _forward_kernel(
         acc = tl.dot(p.to(k_c.dtype), k_c, acc * old[:, None], input_precision="ieee")
         m = higher
         start, size = _place(offset_ptr, size_ptr, group)
-        group = _open(open_ptr, _which(i + 2, n, PACK, CHUNKS, BN), K)
+        group = _open(open_ptr, _which(i + 2, n, end, PACK, CHUNKS, BN, SKIP), K)
     some = norm > 0
     norm = tl.where(some, norm, 1.0)
     out = acc / norm[:, None]
@@ -180,6 +214,7 @@ def _query_kernel(
     BN: tl.constexpr,
     PACK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    SKIP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     L: tl.constexpr = C + P
@@ -205,11 +240,11 @@ def _query_kernel(
     if P > 0:
         q_r = tl.load(row + C + r[None, :], mask=columns(head, r, P), other=0.0)
         dq_r = tl.zeros([BH, BP], tl.float32)
-    tiles = _tiles(open_ptr, K, KP, PACK, CHUNKS)
-    start, size = _place(offset_ptr, size_ptr, _open(open_ptr, _which(0, n, PACK, CHUNKS, BN), K))
-    group = _open(open_ptr, _which(1, n, PACK, CHUNKS, BN), K)
+    tiles, end = _tiles(open_ptr, size_ptr, K, KP, PACK, CHUNKS, BN, SKIP)
+    start, size = _place(offset_ptr, size_ptr, _open(open_ptr, _which(0, n, end, PACK, CHUNKS, BN, SKIP), K))
+    group = _open(open_ptr, _which(1, n, end, PACK, CHUNKS, BN, SKIP), K)
     for i in tl.range(0, tiles, num_stages=STAGES):
-        rows, member = _rows(slot_ptr, start, i, n, L, PACK, CHUNKS, BN)
+        rows, member = _rows(slot_ptr, start, i, n, end, L, PACK, CHUNKS, BN, SKIP)
         live = member < size
         k_c = tl.load(rows + c[None, :], mask=columns(live[:, None], c, C), other=0.0)
         s = product(q_c, k_c)
@@ -223,7 +258,7 @@ def _query_kernel(
         if P > 0:
             dq_r = tl.dot(ds, k_r, dq_r, input_precision="ieee")
         start, size = _place(offset_ptr, size_ptr, group)
-        group = _open(open_ptr, _which(i + 2, n, PACK, CHUNKS, BN), K)
+        group = _open(open_ptr, _which(i + 2, n, end, PACK, CHUNKS, BN, SKIP), K)
     target = dq_ptr + token * (H * L) + h[:, None] * L
     tl.store(target + c[None, :], dq_c.to(dq_ptr.dtype.element_ty), mask=columns(head, c, C))
     if P > 0:
@@ -231,10 +266,20 @@ def _query_kernel(
 
 
 def launch_options(
-    heads: int, content: int, rotary: int, count: int, slots: int, *, exact: bool = False, tile: int = 32
+    heads: int,
+    content: int,
+    rotary: int,
+    count: int,
+    slots: int,
+    *,
+    mean: int,
+    exact: bool = False,
+    tile: int = 32,
 ) -> dict:
     """Compile-time shape and launch of the token-by-token kernels; `exact`: float32, off the tensor cores.
 
+    A group has room for `slots` members and on average holds `mean`: where there is more room than members,
+    tiles without any are skipped.
     One warp for 16 heads of up to 192 dims; twice that where the accumulators would spill.
     """
     warps = max(1, triton.next_power_of_2(heads) // 16) * (1 if content + rotary <= 192 else 2)
@@ -242,6 +287,7 @@ def launch_options(
         tile, warps = 16, 8
     power = triton.next_power_of_2(slots)
     pack = max(1, tile // power)
+    chunks = 1 if pack > 1 else triton.cdiv(slots, tile)
     return dict(
         H=heads,
         C=content,
@@ -253,7 +299,8 @@ def launch_options(
         BP=max(16, triton.next_power_of_2(max(rotary, 1))),
         BN=tile,
         PACK=pack,
-        CHUNKS=1 if pack > 1 else triton.cdiv(slots, tile),
+        CHUNKS=chunks,
+        SKIP=chunks > 1 and slots > mean,
         STAGES=2,
         num_warps=warps,
     )
@@ -290,7 +337,8 @@ def opened_forward(
         return q.new_zeros(batch, length, heads, content), lse
     out = q.new_empty(batch, length, heads, content)
     lse = q.new_empty(batch, length, heads, dtype=torch.float32)
-    options = launch_options(heads, content, width - content, count, slots, exact=q.dtype == torch.float32)
+    mean, exact = slot.shape[1] // offset.shape[1], q.dtype == torch.float32
+    options = launch_options(heads, content, width - content, count, slots, mean=mean, exact=exact)
     _forward_kernel[(batch * length,)](
         q,
         slot,
@@ -314,7 +362,8 @@ def query_gradient(
     batch, length, heads, width = q.shape
     dq = torch.empty_like(q)
     count, exact = open_groups.shape[-1], q.dtype == torch.float32
-    options = launch_options(heads, content, width - content, count, slots, exact=exact)
+    mean = slot.shape[1] // offset.shape[1]
+    options = launch_options(heads, content, width - content, count, slots, mean=mean, exact=exact)
     _query_kernel[(batch * length,)](
         grad,
         lse,

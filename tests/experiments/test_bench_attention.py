@@ -36,7 +36,7 @@ def test_report_only_refuses_what_are_no_rows(text, tmp_path, capsys):
 
 def test_settings_are_named_by_what_differs():
     fixed = bench_attention.setting_of("fixed")
-    assert fixed == dict(latent_dim=64, rope_dim=32, window=512, layers="32", open_groups=16)
+    assert fixed == bench_attention.FIXED
     assert bench_attention.setting_of("W256-R64-K8") == fixed | dict(window=256, layers="64", open_groups=8)
     assert bench_attention.setting_of("C128-cap1.5") == fixed | dict(latent_dim=128, capacity_factor=1.5)
     assert bench_attention.setting_of("near") == fixed | dict(layers="near")
