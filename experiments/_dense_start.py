@@ -10,10 +10,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from _common import read_json, replace_with, write_json
+from _common import read_json, write_json
 from _fit import Fitted, Moments
 from _rows import clean
 from safetensors.torch import load_file, save_file
@@ -49,17 +51,25 @@ def start_folder(parent: Path, twin: CoGAConfig, **rest: Any) -> Path:
 
 
 def kept(folder: Path) -> bool:
-    """Whether the folder holds a whole start: the summary is written last."""
+    """Whether the folder holds a start."""
     return (folder / SUMMARY).is_file()
 
 
 def save_start(folder: Path, model: CoGAGPT, fitted: Fitted) -> None:
-    """Weights, moments and what was measured, each file whole or absent."""
-    model.save_pretrained(folder)
-    flat = {f"{key} {name}": x.contiguous() for name, one in fitted.moments.items() for key, x in one.items()}
-    replace_with(folder / MOMENTS, lambda path: save_file(flat, path))
-    names = ("losses", "grad_norms", "seconds", "tokens", "tokens_per_second", "peak_bytes", "diverged")
-    write_json(folder / SUMMARY, clean({name: getattr(fitted, name) for name in names}))
+    """Weights, moments and what was measured: the whole folder or nothing, whoever else is writing it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        fresh = Path(temporary) / "start"
+        model.save_pretrained(fresh)
+        moments = fitted.moments.items()
+        flat = {f"{kind} {name}": x.contiguous() for name, one in moments for kind, x in one.items()}
+        save_file(flat, fresh / MOMENTS)
+        names = ("losses", "grad_norms", "seconds", "tokens", "tokens_per_second", "peak_bytes", "diverged")
+        write_json(fresh / SUMMARY, clean({name: getattr(fitted, name) for name in names}))
+        if kept(folder):
+            return  # another process was first
+        shutil.rmtree(folder, ignore_errors=True)
+        fresh.rename(folder)
 
 
 def load_start(folder: Path) -> tuple[CoGAGPT, Moments, dict[str, Any]]:
