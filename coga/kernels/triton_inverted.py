@@ -295,7 +295,14 @@ def _reduce_kernel(
 
 
 def launch_options(
-    heads: int, content: int, rotary: int, count: int, slots: int, *, mean: int, exact: bool = False
+    heads: int,
+    content: int,
+    rotary: int,
+    count: int,
+    slots: int,
+    *,
+    mean: int | None = None,
+    exact: bool = False,
 ) -> dict:
     """Compile-time shape and launch of the segment kernel; `exact`: float32, off the tensor cores.
 
@@ -303,7 +310,7 @@ def launch_options(
     A warp sums 32 members of up to 96 dims, or 16 wider ones, without spilling its accumulators. One buffer
     (STAGES 2) beats two: the next rows arrive while the warp works from registers, and more programs fit.
     """
-    members = min(64, max(16, triton.next_power_of_2(min(slots, mean))))
+    members = min(64, max(16, triton.next_power_of_2(min(slots, mean or slots))))
     narrow = content + rotary <= 96
     warps = max(1, members // (32 if narrow else 16))
     return dict(
@@ -333,6 +340,7 @@ def slot_gradient(
     *,
     content: int,
     slots: int,
+    mean: int | None = None,
     index: Inverted | None = None,
 ) -> Tensor:
     """dslot (B, S, L) in float32 from contiguous inputs; slots of no group get zero.
@@ -346,7 +354,6 @@ def slot_gradient(
         index = invert(open_groups, groups)
     partial = q.new_empty(len(index.owner), slots, width, dtype=torch.float32)
     count, exact = open_groups.shape[-1], q.dtype == torch.float32
-    mean = total // groups
     options = launch_options(heads, content, width - content, count, slots, mean=mean, exact=exact)
     _segment_kernel[(len(index.owner), triton.cdiv(slots, options["BS"]))](
         grad,

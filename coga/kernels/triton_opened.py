@@ -272,14 +272,14 @@ def launch_options(
     count: int,
     slots: int,
     *,
-    mean: int,
+    mean: int | None = None,
     exact: bool = False,
     tile: int = 32,
 ) -> dict:
     """Compile-time shape and launch of the token-by-token kernels; `exact`: float32, off the tensor cores.
 
-    A group has room for `slots` members and on average holds `mean`: where there is more room than members,
-    tiles without any are skipped.
+    A group has room for `slots` members and on average holds `mean` (if not given, all of them): where there
+    is more room than members, tiles without any are skipped.
     One warp for 16 heads of up to 192 dims; twice that where the accumulators would spill.
     """
     warps = max(1, triton.next_power_of_2(heads) // 16) * (1 if content + rotary <= 192 else 2)
@@ -300,7 +300,7 @@ def launch_options(
         BN=tile,
         PACK=pack,
         CHUNKS=chunks,
-        SKIP=chunks > 1 and slots > mean,
+        SKIP=chunks > 1 and mean is not None and slots > mean,
         STAGES=2,
         num_warps=warps,
     )
@@ -324,6 +324,7 @@ def opened_forward(
     *,
     content: int,
     slots: int,
+    mean: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output (B, T, H, C), normalised by its own log-sum-exp (B, T, H) in float32 (-inf: nothing opened)."""
     _check(q_BTHL, slot_BSL, offset_BM, size_BM, open_BTK, content, slots)
@@ -337,7 +338,7 @@ def opened_forward(
         return q.new_zeros(batch, length, heads, content), lse
     out = q.new_empty(batch, length, heads, content)
     lse = q.new_empty(batch, length, heads, dtype=torch.float32)
-    mean, exact = slot.shape[1] // offset.shape[1], q.dtype == torch.float32
+    exact = q.dtype == torch.float32
     options = launch_options(heads, content, width - content, count, slots, mean=mean, exact=exact)
     _forward_kernel[(batch * length,)](
         q,
@@ -356,13 +357,12 @@ def opened_forward(
 
 
 def query_gradient(
-    grad, lse, delta, q, slot, offset, size, open_groups, *, content: int, slots: int
+    grad, lse, delta, q, slot, offset, size, open_groups, *, content: int, slots: int, mean: int | None = None
 ) -> Tensor:
     """dq (B, T, H, L) in the dtype of q from contiguous inputs; `lse` as `scaled_lse` makes it."""
     batch, length, heads, width = q.shape
     dq = torch.empty_like(q)
     count, exact = open_groups.shape[-1], q.dtype == torch.float32
-    mean = slot.shape[1] // offset.shape[1]
     options = launch_options(heads, content, width - content, count, slots, mean=mean, exact=exact)
     _query_kernel[(batch * length,)](
         grad,
@@ -399,6 +399,7 @@ def opened_backward(
     *,
     content: int,
     slots: int,
+    mean: int | None = None,
     queries_done: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of queries (B, T, H, L), in their dtype, and of latents in slot order (B, S, L) in float32.
@@ -412,7 +413,8 @@ def opened_backward(
         return torch.zeros_like(q_BTHL), torch.zeros_like(slot_BSL, dtype=torch.float32)
     rows = (grad_BTHC.to(q_BTHL.dtype), scaled_lse(lse_BTH), delta_BTH.float(), q_BTHL)
     tensors = [x.contiguous() for x in (*rows, slot_BSL, offset_BM, size_BM, open_BTK)]
-    dq = query_gradient(*tensors, content=content, slots=slots)
+    room = dict(content=content, slots=slots, mean=mean)
+    dq = query_gradient(*tensors, **room)
     if queries_done is not None:
         queries_done()
-    return dq, slot_gradient(*tensors, content=content, slots=slots)
+    return dq, slot_gradient(*tensors, **room)

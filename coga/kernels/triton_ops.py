@@ -96,6 +96,13 @@ class _Plan:
         return None if self.far is None else _dense(self.far.open_shift, torch.float32)
 
     @property
+    def room(self) -> dict:
+        """Of the opened groups: content width, the most members and how many there are on average."""
+        far = self.far
+        assert far is not None
+        return dict(content=self.near["content"], slots=far.slots, mean=self.near["unit"] // far.groups)
+
+    @property
     def opened(self) -> tuple:
         far = self.far
         assert far is not None
@@ -120,7 +127,7 @@ def attend(
     plan = _Plan.of(q_BTHL, latent_BTL, content, window, band, alpha_H, sink_H, far)
     opened = None
     if plan.opens:
-        out, opened_lse = opened_forward(*plan.opened, content=content, slots=plan.far.slots)
+        out, opened_lse = opened_forward(*plan.opened, **plan.room)
         opened = out, opened_lse if plan.shift is None else opened_lse + plan.shift
     return flash_forward(
         plan.q, plan.latent, **plan.near, **plan.groups, sink_H=_dense(sink_H), opened=opened
@@ -160,8 +167,7 @@ def attend_backward(
                 own_lse,
                 delta,
                 *plan.opened,
-                content=content,
-                slots=plan.far.slots,
+                **plan.room,
                 queries_done=lambda: ready.append(mark()),
             )
             ready.append(mark())

@@ -7,7 +7,7 @@ import torch
 
 from coga.kernels import reference
 from coga.kernels.triton_inverted import invert, slot_gradient
-from coga.kernels.triton_opened import opened_backward, opened_forward, scaled_lse
+from coga.kernels.triton_opened import launch_options, opened_backward, opened_forward, scaled_lse
 from coga.types import Far
 
 
@@ -62,6 +62,10 @@ SHAPES = {
     "packed-small-groups": dict(
         batch=2, length=6, heads=12, content=16, rotary=16, groups=9, slots=6, count=5
     ),
+    "one-group-in-three-tiles": dict(
+        batch=2, length=5, heads=2, content=16, rotary=16, groups=4, slots=48, count=1
+    ),
+    "half-full": dict(batch=1, length=7, heads=3, content=32, rotary=16, groups=5, slots=96, count=5),
     "no-rotary": dict(batch=1, length=5, heads=8, content=32, rotary=0, groups=4, slots=32, count=4),
     "odd-widths": dict(batch=1, length=4, heads=17, content=24, rotary=8, groups=4, slots=8, count=1),
     "full-groups": dict(
@@ -71,15 +75,29 @@ SHAPES = {
         batch=1, length=4, heads=2, content=16, rotary=0, groups=3, slots=80, count=3
     ),
 }
+ROOMY = ("slots-above-tile", "more-than-tile-of-slots", "one-group-in-three-tiles", "half-full")
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_values_and_gradients(name):
+def scattered(open_BTK):
+    """The same ids with what is missing in between, not at the end."""
+    return torch.cat([open_BTK[..., -1:], open_BTK[..., :-1]], -1)
+
+
+@pytest.mark.parametrize(
+    "name, skip", [*((name, False) for name in SHAPES), *((name, True) for name in ROOMY)]
+)
+def test_values_and_gradients(name, skip):
+    """`skip`: tiles without members are skipped, for groups have more room than members."""
     shape = SHAPES[name]
     content, slots = shape["content"], shape["slots"]
-    inputs = case(**shape)
-    q, slot, offset, size, open_BTK = inputs
-    out, lse = opened_forward(*inputs, content=content, slots=slots)
+    q, slot, offset, size, open_BTK = case(**shape)
+    if skip:
+        open_BTK = scattered(open_BTK)
+        width = shape["heads"], content, shape["rotary"], shape["count"]
+        assert launch_options(*width, slots, mean=slots // 2)["SKIP"]
+    inputs = q, slot, offset, size, open_BTK
+    room = dict(content=content, slots=slots, mean=slots // 2 if skip else None)
+    out, lse = opened_forward(*inputs, **room)
     q_ref, slot_ref = (x.clone().requires_grad_() for x in (q, slot))
     out_ref, lse_ref = expected(q_ref, slot_ref, offset, size, open_BTK, content, slots)
     torch.testing.assert_close(out, out_ref, rtol=1e-5, atol=1e-5)
@@ -97,9 +115,7 @@ def test_values_and_gradients(name):
     mix = out_ref * torch.exp(lse_ref - whole)[..., None] + far_out * torch.exp(0.3 - whole)[..., None]
     mix[0, 1] = 0.0
     (mix * grad).sum().backward()
-    dq, dslot = opened_backward(
-        grad, final, delta, q, slot, offset, size, open_BTK, content=content, slots=slots
-    )
+    dq, dslot = opened_backward(grad, final, delta, *inputs, **room)
     torch.testing.assert_close(dq, q_ref.grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(dslot, slot_ref.grad, rtol=1e-4, atol=1e-5)
 
