@@ -28,6 +28,7 @@ __all__ = [
     "rows_of",
     "same_settings",
     "setting_of",
+    "start_of",
 ]
 
 ARMS = "gumbel,full,near,contiguous,random,kmeans,mha"
@@ -122,6 +123,12 @@ def checked(args: argparse.Namespace) -> tuple[list[Arm], list[int]]:
         config = arm.config(args.preset, dict(args.set), seeds[0])
         if args.n > config.max_len:
             raise ValueError(f"n={args.n}: must be between 1 and max_len={config.max_len} (arm {arm.text})")
+        for name in ("far_warmup", "alpha_warmup"):  # some arms would count it anew, others go on
+            value = getattr(config, name)
+            if args.dense_steps and value:
+                raise ValueError(f"{name}={value}: must be 0 with --dense-steps (arm {arm.text})")
+        if arm.prototypes and not args.dense_steps:
+            raise ValueError(f"prototypes={arm.prototypes!r}: needs --dense-steps (arm {arm.text})")
         if config.vocab_size < 256:
             raise ValueError(f"vocab_size={config.vocab_size}: must be at least the data's 256")
     return arms, seeds
@@ -170,6 +177,17 @@ def model_of(arm: Arm, setting: Setting, seed: int) -> dict[str, Any]:
     return clean(dataclasses.asdict(arm.config(setting.preset, setting.model, seed)))
 
 
+def start_of(arm: Arm, setting: Setting) -> dict[str, Any] | None:
+    """How an arm reads the dense model that it goes on from, as it stands in its row; None: from scratch.
+
+    Summaries start without a bias, for a dense model has no opinion on them, unless one was asked for.
+    """
+    if not setting.dense_steps:
+        return None
+    asked = {**setting.model, **arm.changes}
+    return {"prototypes": arm.prototypes or "data", "far_bias": float(asked.get("far_bias_init", 0.0))}
+
+
 def same_settings(rows: list[dict[str, Any]], arms: list[Arm], setting: Setting, folder: Path) -> None:
     """ValueError unless every row comes from this setting, and from what its arm means today."""
     wanted, known = clean(dataclasses.asdict(setting)), {arm.text: arm for arm in arms}
@@ -184,11 +202,13 @@ def same_settings(rows: list[dict[str, Any]], arms: list[Arm], setting: Setting,
                 raise ValueError(f"{name}={wanted[name]!r}: {rule}")
         if row["arm"] in known:
             model = model_of(known[row["arm"]], setting, row["seed"])
-            differ = sorted(k for k in {*model, *row["model"]} if model.get(k) != row["model"].get(k))
+            theirs = row["model"] | {"start": row.get("start")}
+            model |= {"start": start_of(known[row["arm"]], setting)}
+            differ = sorted(k for k in {*model, *theirs} if model.get(k) != theirs.get(k))
             if differ:
                 raise ValueError(
                     f"arms={row['arm']!r}: its row in {str(folder)!r} has {differ[0]}="
-                    f"{row['model'].get(differ[0])!r}, a run of today {model.get(differ[0])!r}; "
+                    f"{theirs.get(differ[0])!r}, a run of today {model.get(differ[0])!r}; "
                     "use another --out"
                 )
 

@@ -4,7 +4,7 @@
     "near", "full", "mha"                     every layer of that kind
     "gumbel:hysteresis=1,sink=false"          any field of `CoGAConfig`, values as JSON or text
     "gumbel:lr_scale=2,prototype_lr=0.1"      and the run's own: all rates, and the prototypes' beside it
-    "gumbel:prototypes=random"                and where they start after a dense start ("data" if not said)
+    "gumbel:prototypes=random"                and where they are after a dense start ("data" if not said)
 
 A list of arms is separated by commas; a part without a name ("sink=false") belongs to the arm before it.
 """
@@ -34,7 +34,7 @@ class Arm:
     changes: dict[str, Any]
     lr_scale: float = 1.0
     prototype_lr: float = 1.0
-    prototypes: str = "data"
+    prototypes: str | None = None
 
     def config(self, preset: str, base: Mapping[str, Any], seed: int) -> CoGAConfig:
         """The model: preset, then what all arms share, then the arm. ValueError on what does not fit."""
@@ -103,8 +103,8 @@ def _arm(text: str, name: str, fields: list[str]) -> Arm:
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
             raise ValueError(f"arms={text!r}: {key}={rate!r} must be a finite number above 0")
         rates[key] = float(rate)
-    prototypes = changes.pop("prototypes", "data")
-    if prototypes not in ("data", "random"):
+    prototypes = changes.pop("prototypes", None)
+    if prototypes not in (None, "data", "random"):
         raise ValueError(f"arms={text!r}: prototypes={prototypes!r} must be data or random")
     return Arm(text, name, changes, **rates, prototypes=prototypes)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ GROUPS_ONLY = (
     "tau_steps", "slow_prototypes", "slow_decay", "hysteresis", "coherence_weight", "freeze_step", "revive",
 )  # fmt: skip
 MOMENTS, SUMMARY = "moments.safetensors", "summary.json"
+SUMMARISED = ("steps", "losses", "grad_norms", "seconds", "tokens", "peak_bytes", "diverged")
 
 
 def dense_twin(config: CoGAConfig) -> CoGAConfig:
@@ -64,18 +65,23 @@ def save_start(folder: Path, model: CoGAGPT, fitted: Fitted) -> None:
         moments = fitted.moments.items()
         flat = {f"{kind} {name}": x.contiguous() for name, one in moments for kind, x in one.items()}
         save_file(flat, fresh / MOMENTS)
-        names = ("losses", "grad_norms", "seconds", "tokens", "tokens_per_second", "peak_bytes", "diverged")
-        write_json(fresh / SUMMARY, clean({name: getattr(fitted, name) for name in names}))
-        if kept(folder):
-            return  # another process was first
-        shutil.rmtree(folder, ignore_errors=True)
-        fresh.rename(folder)
+        write_json(fresh / SUMMARY, clean({name: getattr(fitted, name) for name in SUMMARISED}))
+        if not kept(folder) and folder.exists():  # what is left of a start that was not whole
+            folder.rename(Path(temporary) / "stale")
+        try:
+            fresh.rename(folder)
+        except OSError:
+            if not kept(folder):  # else another process was first
+                raise
 
 
-def load_start(folder: Path) -> tuple[CoGAGPT, Moments, dict[str, Any]]:
-    """Model (on the CPU), moments by parameter, summary."""
+def load_start(folder: Path) -> tuple[CoGAGPT, Moments, Fitted]:
+    """Model (on the CPU), moments by parameter, what was measured."""
     moments: dict[str, dict[str, Tensor]] = {}
     for key, x in load_file(folder / MOMENTS).items():
         kind, name = key.split(" ", 1)
         moments.setdefault(name, {})[kind] = x
-    return CoGAGPT.from_pretrained(folder), moments, read_json(folder / SUMMARY)
+    found = Fitted(**read_json(folder / SUMMARY))
+    found.losses = [(step, math.nan if loss is None else loss) for step, loss in found.losses]
+    found.grad_norms = [math.nan if norm is None else norm for norm in found.grad_norms]
+    return CoGAGPT.from_pretrained(folder), moments, found

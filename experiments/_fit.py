@@ -78,6 +78,19 @@ class Fitted:
     peak_bytes: int = 0
     grad_norms: list[float] = field(default_factory=list)
 
+    def follows(self, before: Fitted) -> None:
+        """Take over the curves of the part of the run that came before, and judge the whole."""
+        self.losses = before.losses + self.losses
+        self.grad_norms = before.grad_norms + self.grad_norms
+        self.peak_bytes = max(before.peak_bytes, self.peak_bytes)
+        self.diverged = self.diverged or before.diverged or self.risen
+
+    @property
+    def risen(self) -> bool:
+        """Whether the loss ends a nat above its lowest."""
+        values = [value for _, value in self.losses]
+        return bool(values) and values[-1] > min(values) + RISEN
+
     @property
     def worst_rise(self) -> float:
         """The most the loss stood above its lowest before, in nats: a spike that healed shows here alone."""
@@ -297,8 +310,7 @@ def fit(
     found.peak_bytes = peak_memory(device)
     if keep_moments:
         found.moments = _take_moments(model, optimizer)
-    if not found.diverged and found.losses:
-        found.diverged = found.losses[-1][1] > min(value for _, value in found.losses) + RISEN
+    found.diverged = found.diverged or found.risen
     return found
 
 

@@ -44,12 +44,13 @@ from _ablate_settings import (
     rows_of,
     same_settings,
     setting_of,
+    start_of,
 )
 from _arms import Arm, sharing_start, slug
 from _common import choose_device, environment, fail, machine_line, make_folder
 from _dense_start import dense_twin, kept, load_start, save_start, start_folder
 from _evaluate import probe_tokens
-from _fit import Moments, fit, group_metrics, per_hundred, position_report, validate
+from _fit import Fitted, Moments, fit, group_metrics, per_hundred, position_report, validate
 from _flops import flops, training_flops
 from _rows import ROWS, append_row, clean, provenance, read_rows
 from _script import prototype_text, read_as
@@ -60,6 +61,8 @@ from coga.data import Corpus, batches, contexts, load_corpus, unigram_entropy
 from coga.models import CoGAGPT
 
 __all__ = ["main"]
+
+FREE = ("data", "validation", "beyond")  # what a dense start does not depend on
 
 
 # --- one run -----------------------------------------------------------------------------------------------
@@ -77,30 +80,46 @@ def _options(arm: Arm, setting: Setting, device: torch.device) -> dict[str, Any]
     )
 
 
+def _start_folder(arm: Arm, seed: int, setting: Setting, device: torch.device, starts: Path) -> Path:
+    """Where the arm's dense start is kept: named after all that decides its bits."""
+    config = arm.config(setting.preset, setting.model, seed)
+    where = environment(device)
+    return start_folder(
+        starts,
+        dense_twin(config),
+        plain=dataclasses.asdict(_plain(setting, seed)),  # first weights are shared with it
+        lr=setting.lr * arm.lr_scale,
+        setting={name: x for name, x in vars(setting).items() if name not in FREE},
+        machine=[where["device"], where["torch"]],
+    )
+
+
+def _plain(setting: Setting, seed: int) -> CoGAConfig:
+    """The unchanged model of a seed."""
+    return CoGAConfig.preset(setting.preset, **{"seed": seed, **setting.model})
+
+
 def _start(
     arm: Arm, seed: int, setting: Setting, corpus: Corpus, device: torch.device, starts: Path
-) -> tuple[CoGAGPT, Moments | None, dict[str, Any]]:
-    """The arm's model, the moments of its optimizer, and what its dense start measured, if it has one."""
-    config = arm.config(setting.preset, setting.model, seed)
-    if not setting.dense_steps:
-        return arm.build(setting.preset, setting.model, seed), None, {"losses": [], "tokens": 0}
-    twin, options = dense_twin(config), _options(arm, setting, device)
-    names = ("steps", "dense_steps", "dense_n", "warmup", "final_lr", "precision", "sha256")
-    decides = {name: getattr(setting, name) for name in names}
-    folder = start_folder(starts, twin, lr=options["lr"], bytes=setting.batch * setting.n, **decides)
+) -> tuple[CoGAGPT, Moments | None, Fitted]:
+    """The arm's model, the moments of its optimizer, and its dense start (empty: from scratch)."""
+    config, how = arm.config(setting.preset, setting.model, seed), start_of(arm, setting)
+    if how is None:
+        return arm.build(setting.preset, setting.model, seed), None, Fitted()
+    folder = _start_folder(arm, seed, setting, device, starts)
+    twin = dense_twin(config)
     if not kept(folder):
-        plain = CoGAConfig.preset(setting.preset, **{"seed": seed, **setting.model})
-        model = sharing_start(twin, plain).to(device)
+        model = sharing_start(twin, _plain(setting, seed)).to(device)
         many = setting.batch * setting.n // setting.dense_n
         drawn = partial(batches, corpus, setting.dense_n, many, seed)
         title = f"dense start of {arm.text} seed {seed}"
         rest = dict(last=setting.dense_steps, keep_moments=True, title=title)
-        save_start(folder, model, fit(model, drawn, setting.steps, **rest, **options))
-    model, moments, summary = load_start(folder)
+        save_start(folder, model, fit(model, drawn, setting.steps, **rest, **_options(arm, setting, device)))
+    model, moments, dense = load_start(folder)
     if twin != config:
-        text = prototype_text(corpus, setting.n, seed) if arm.prototypes == "data" else None
-        model = read_as(model, far_bias=0.0, text_BT=text, **dataclasses.asdict(config))
-    return model, moments, summary
+        text = prototype_text(corpus, setting.n, seed) if how["prototypes"] == "data" else None
+        model = read_as(model, far_bias=how["far_bias"], text_BT=text, **dataclasses.asdict(config))
+    return model, moments, dense
 
 
 def _run(
@@ -129,16 +148,14 @@ def _run(
         title=f"{arm.text} seed {seed}",
         **_options(arm, setting, device),
     )
-    fitted.losses = [
-        (step, math.nan if loss is None else loss) for step, loss in dense["losses"]
-    ] + fitted.losses
+    fitted.follows(dense)
     if models is not None:
         model.save_pretrained(models / f"{slug(arm.text)}-{seed}")
     tokens_BT, targets_BT = contexts(corpus, setting.n, setting.validation)
     loss_T, used = validate(model, tokens_BT, targets_BT, device, setting.batch)
     parts = flops(config, setting.n)
     trained = training_flops(config, setting.n) * fitted.tokens
-    trained += training_flops(dense_twin(config), setting.dense_n) * dense["tokens"]
+    trained += training_flops(dense_twin(config), setting.dense_n) * dense.tokens
     speed = fitted.tokens_per_second
     metrics: dict[str, Any] = {
         **position_report(loss_T, setting.beyond),
@@ -148,8 +165,8 @@ def _run(
         "grad_norm_max": max(fitted.grad_norms),
         "train_loss": fitted.losses[-1][1],
         **fitted.flips,
-        "dense_tokens": dense["tokens"],
-        "dense_seconds": dense.get("seconds"),
+        "dense_tokens": dense.tokens,
+        "dense_seconds": dense.seconds,
         "seconds": fitted.seconds,
         "tokens_per_second": speed,
         "forward_flops_per_token": parts,
@@ -165,9 +182,10 @@ def _run(
         "experiment": "ablate",
         "arm": arm.text,
         "seed": seed,
-        "tokens": fitted.tokens + dense["tokens"],
+        "tokens": fitted.tokens + dense.tokens,
         "setting": dataclasses.asdict(setting),
         "model": model_of(arm, setting, seed),
+        "start": start_of(arm, setting),
         "metrics": metrics | {"wall_seconds": time.monotonic() - began},
         "curves": {
             "loss": fitted.losses,
@@ -236,8 +254,10 @@ def _run_all(
     failed: list[str] = []
     with tqdm(total=len(todo), desc="runs", unit="run", dynamic_ncols=True) as bar:
         for i, (arm, seed) in enumerate(todo):
-            warm = i > 0
-            if time.monotonic() + _expected(rows, arm, warm) > deadline:
+            expected = _expected(rows, arm, i > 0)
+            if setting.dense_steps and not kept(_start_folder(arm, seed, setting, device, starts)):
+                expected += max((row["metrics"]["dense_seconds"] for row in rows), default=0.0)
+            if time.monotonic() + expected > deadline:
                 return [f"{one.text} seed {other}" for one, other in todo[i:]], failed
             try:
                 row = clean(_run(arm, seed, setting, corpus, device, models, starts))

@@ -125,6 +125,8 @@ def check(args: argparse.Namespace) -> list[tuple[Arm, CoGAConfig]]:
     base |= model_changes(args, "layers", "window", "open_groups")
     arms = [(arm, arm.config(args.preset, base, args.seed)) for arm in parse_arms(args.arms)]
     for arm, config in arms:
+        if arm.prototypes and not args.warmup_steps:
+            raise ValueError(f"prototypes={arm.prototypes!r}: needs --warmup-steps (arm {arm.text})")
         if config.vocab_size < vocab.size:
             raise ValueError(
                 f"vocab_size={config.vocab_size}: must be at least {vocab.size}, the tokens of the task"
@@ -201,13 +203,22 @@ def measure(model: CoGAGPT, args: argparse.Namespace, device: Any, title: str) -
     return found
 
 
-def _train(model: CoGAGPT, args: argparse.Namespace, first: int, steps: int, lr: float, title: str) -> Fitted:
+def _train(
+    model: CoGAGPT,
+    args: argparse.Namespace,
+    first: int,
+    steps: int,
+    lr: float,
+    title: str,
+    prototype_lr: float = 1.0,
+) -> Fitted:
     fitted = fit(
         model,
         lambda step: training_batch(args, first + step),
         steps,
         lr=lr,
         warmup=max(1, min(100, steps // 10)),
+        prototype_lr=prototype_lr,
         device=model.embedding.weight.device,
         compiled=args.compile,
         graphed=args.graph,
@@ -218,7 +229,7 @@ def _train(model: CoGAGPT, args: argparse.Namespace, first: int, steps: int, lr:
     return fitted
 
 
-def warmed_up(config: CoGAConfig, args: argparse.Namespace, device: Any) -> CoGAGPT:
+def warmed_up(arm: Arm, config: CoGAConfig, args: argparse.Namespace, device: Any) -> CoGAGPT:
     """The arm's model after the warm-up, which is trained once for all arms that share it."""
     twin = dense_twin(config)
     name = hashlib.sha256(twin.to_json().encode()).hexdigest()[:12]
@@ -231,14 +242,16 @@ def warmed_up(config: CoGAConfig, args: argparse.Namespace, device: Any) -> CoGA
         model.save_pretrained(folder)
         print(f"warm-up: loss {fitted.losses[-1][1]:.4f}, {fitted.seconds:.0f} s", flush=True)
     if twin != config:
-        text, bias = training_batch(args, args.warmup_steps)[0], config.far_bias_init
+        text = None if arm.prototypes == "random" else training_batch(args, args.warmup_steps)[0]
+        bias = config.far_bias_init
         model = read_as(model, far_bias=bias, text_BT=text, **dataclasses.asdict(config))
     return model.to(device)
 
 
 def run_arm(arm: Arm, config: CoGAConfig, args: argparse.Namespace, device: Any) -> dict[str, Any]:
-    model = warmed_up(config, args, device) if args.warmup_steps else CoGAGPT(config).to(device)
-    fitted = _train(model, args, args.warmup_steps, args.steps, args.lr * arm.lr_scale, arm.text)
+    model = warmed_up(arm, config, args, device) if args.warmup_steps else CoGAGPT(config).to(device)
+    lr = args.lr * arm.lr_scale
+    fitted = _train(model, args, args.warmup_steps, args.steps, lr, arm.text, arm.prototype_lr)
     return {
         "arm": arm.text,
         "seed": args.seed,

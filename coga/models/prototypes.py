@@ -8,6 +8,8 @@ Legend: B batch, T tokens, G groups in a window, X tokens of all windows, C cont
 
 from __future__ import annotations
 
+import math
+
 import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
@@ -42,7 +44,7 @@ def fit_prototypes(model: CoGAGPT, tokens_BT: Tensor, seed: int = 0) -> int:
 
     def fit(module: GumbelGrouping, arguments: tuple) -> None:
         rows_XC = normalize(arguments[0].float(), dim=-1, eps=CONTENT_EPS).flatten(0, 2).cpu()
-        every = max(1, len(rows_XC) // SAMPLES)
+        every = math.ceil(len(rows_XC) / SAMPLES)
         found = KMeans(module.groups, n_init=STARTS, random_state=seed).fit(rows_XC[::every].numpy())
         centre_GC = normalize(torch.from_numpy(found.cluster_centers_), dim=-1)
         for target in (module.prototypes_GC, module.slow_GC):

@@ -466,12 +466,50 @@ def test_arms_share_a_dense_start_and_learn_after_it(text, tmp_path, monkeypatch
     again = started(text, tmp_path / "b", "gumbel", *dense)
     assert len(fits) == 6
     assert figures(again["gumbel", 0]) == figures(rows["gumbel", 0])
+    # Other prototypes and biases are other runs on the same start; other first weights are another start.
+    other = started(text, tmp_path / "d", "gumbel:prototypes=random,gumbel:far_bias_init=-4", *dense)
+    assert len(fits) == 8
+    assert other["gumbel:prototypes=random", 0]["start"] == {"prototypes": "random", "far_bias": 0.0}
+    assert other["gumbel:far_bias_init=-4", 0]["start"] == {"prototypes": "data", "far_bias": -4.0}
+    assert rows["gumbel", 0]["start"] == {"prototypes": "data", "far_bias": 0.0}
+    name = "blocks.1.attention.grouping.prototypes_GC"
+    assert not torch.equal(fits[-2][2][name], fits[1][2][name])
+    assert torch.equal(fits[-1][2][name], fits[1][2][name])
+    assert float(fits[-1][2]["blocks.1.attention.far_bias_H"][0]) == -4
+    started(text, tmp_path / "e", "near", "--set", "layers=near", *dense)
+    assert len(fits) == 10 and fits[-2][:2] == (0, 4)
     # A start cut off while it was written is trained again, to the same bits.
     for summary in (tmp_path / "starts").glob("*/summary.json"):
         summary.unlink()
     third = started(text, tmp_path / "c", "gumbel", *dense)
-    assert len(fits) == 8
+    assert len(fits) == 12
     assert figures(third["gumbel", 0]) == figures(rows["gumbel", 0])
+
+
+def test_a_run_that_diverged_in_its_dense_part_has_diverged(text, tmp_path):
+    """The whole curve is judged, and both parts count."""
+    first = _fit.Fitted(8, losses=[(1, 1.0), (2, 2.5)], grad_norms=[3.0, 9.0], peak_bytes=7)
+    second = _fit.Fitted(8, losses=[(3, 2.4)], grad_norms=[1.0], peak_bytes=5)
+    assert not second.risen
+    second.follows(first)
+    assert second.diverged and max(second.grad_norms) == 9 and second.peak_bytes == 7
+    assert second.losses == [(1, 1.0), (2, 2.5), (3, 2.4)]
+    healthy = _fit.Fitted(8, losses=[(3, 0.9)], grad_norms=[1.0])
+    healthy.follows(_fit.Fitted(8, losses=[(1, 1.0)], diverged=True))
+    assert healthy.diverged
+    rows = started(text, tmp_path / "run", "near", "--dense-steps", "4", "--lr", "1e30")
+    assert rows["near", 0]["metrics"]["diverged"]
+
+
+def test_rows_that_started_otherwise_are_refused(text, tmp_path, refused):
+    """What a name meant once is not what it means today."""
+    folder = tmp_path / "run"
+    started(text, folder, "gumbel", "--dense-steps", "4")
+    path = folder / "rows.jsonl"
+    row = json.loads(path.read_text())
+    path.write_text(json.dumps({**row, "start": {"prototypes": "random", "far_bias": 0.0}}) + "\n")
+    arguments = ["--arms", "gumbel", "--seeds", "0,1", "--data", text, "--dense-steps", "4", "--resume"]
+    assert "start=" in refused([*TINY, *arguments, "--out", str(folder)])
 
 
 # --- resuming ----------------------------------------------------------------------------------------------
@@ -654,6 +692,8 @@ BAD = {
     "dense-steps": (["--dense-steps", "8"], "below steps=8"),
     "dense-n": (["--dense-steps", "4", "--dense-n", "30"], "dense_n=30: must divide"),
     "dense-n-alone": (["--dense-n", "50"], "needs --dense-steps"),
+    "dense-fading": (["--dense-steps", "4", "--set", "far_warmup=2"], "far_warmup=2: must be 0"),
+    "prototypes-alone": (["--arms", "gumbel:prototypes=random"], "needs --dense-steps"),
     "starts-alone": (["--starts", "elsewhere"], "needs --dense-steps"),
     "device": (["--device", "abacus"], "device='abacus'"),
     "reference": (["--reference", "full"], "reference='full'"),

@@ -46,6 +46,8 @@ def test_planted_clusters_are_found():
 
     torch.manual_seed(0)
     hooks = [one.register_forward_pre_hook(plant) for one in grouped(model).values()]
+    for one in grouped(model).values():
+        one.use_G.mul_(0.5)  # as if it had been in use
     assert fit_prototypes(model, real_bytes(1, 3 * W)) == len(hooks) > 0
     for module, directions in planted.items():
         assert torch.equal(module.prototypes_GC, module.slow_GC)

@@ -84,7 +84,7 @@ def scattered(open_BTK):
 
 
 @pytest.mark.parametrize(
-    "name, skip", [*((name, False) for name in SHAPES), *((name, True) for name in ROOMY)]
+    ("name", "skip"), [*((name, False) for name in SHAPES), *((name, True) for name in ROOMY)]
 )
 def test_values_and_gradients(name, skip):
     """`skip`: tiles without members are skipped, for groups have more room than members."""
