@@ -135,7 +135,7 @@ def holds_run(folder: Path, names: Iterable[str] = RUN_FILES) -> bool:
     return any((folder / name).exists() for name in names)
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Path, name: str = "out") -> None:
     """Create a folder that can be written to, or raise ValueError and leave nothing behind."""
     missing = [one for one in (folder, *folder.parents) if not one.exists()]
     made: list[Path] = []
@@ -149,7 +149,8 @@ def make_folder(folder: Path) -> None:
     except OSError as error:
         for one in reversed(made):
             one.rmdir()
-        raise ValueError(f"out={str(folder)!r}: must be a folder that can be written to ({error})") from error
+        rule = f"must be a folder that can be written to ({error})"
+        raise ValueError(f"{name}={str(folder)!r}: {rule}") from error
 
 
 def replace_with(path: Path, write: Callable[[Path], object]) -> None:

@@ -299,9 +299,9 @@ def _main(argv: list[str] | None) -> int:
     corpus = load_corpus(args.data, length=args.n)
     setting = setting_of(args, corpus, device)
     same_settings(rows, arms, setting, args.out)
-    make_folder(args.out)
     if setting.dense_steps:
-        make_folder(args.starts)
+        make_folder(args.starts, "starts")
+    make_folder(args.out)
     _show(arms, seeds, setting, corpus, device)
     print(f"out     {args.out}, reference {reference}", flush=True)
     done = {(row["arm"], row["seed"]) for row in rows}

@@ -692,6 +692,7 @@ BAD = {
     "dense-steps": (["--dense-steps", "8"], "below steps=8"),
     "dense-n": (["--dense-steps", "4", "--dense-n", "30"], "dense_n=30: must divide"),
     "dense-n-alone": (["--dense-n", "50"], "needs --dense-steps"),
+    "starts-a-file": (["--dense-steps", "4", "--starts", __file__], f"starts={__file__!r}: must be a folder"),
     "dense-fading": (["--dense-steps", "4", "--set", "far_warmup=2"], "far_warmup=2: must be 0"),
     "prototypes-alone": (["--arms", "gumbel:prototypes=random"], "needs --dense-steps"),
     "starts-alone": (["--starts", "elsewhere"], "needs --dense-steps"),
