@@ -125,7 +125,7 @@ class CoGAConfig:
     capacity_factor: float | tuple[float, ...] = 1.0
     refine_steps: int = 4
     refine_gradient: str = "last"
-    beta: float = 64.0
+    beta: float = 32.0
     kmeans_steps: int = 8
     refine_groups: bool = True
     reciprocal_groups: bool = True
