@@ -226,7 +226,7 @@ def _segment_kernel(
     c = tl.arange(0, BC)
     r = tl.arange(0, BP)
     n = tl.arange(0, BN)
-    if tl.program_id(1) * BS >= size:  # nobody is there: what is left unwritten is never read as a gradient
+    if tl.program_id(1) * BS >= size:  # nobody is there, and nobody reads what stays unwritten
         return
     member = tl.program_id(1) * BS + tl.arange(0, BS)
     live = (member < size)[:, None]
@@ -290,7 +290,7 @@ def _reduce_kernel(
     e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK], tl.float32)
     for segment in range(before, end):
-        acc += tl.load(partial_ptr + segment * SIZE + e, mask=e < SIZE, other=0.0)
+        acc += tl.load(partial_ptr + segment * SIZE + e, mask=e < size * L, other=0.0)
     tl.store(out_ptr + start * L + e, acc, mask=e < size * L)
 
 
