@@ -22,7 +22,7 @@ from _settings import ARMS, override
 from coga import CoGAConfig
 from coga.models import CoGAGPT
 
-__all__ = ["Arm", "field_value", "parse_arms", "parse_integers", "sharing_start", "slug"]
+__all__ = ["Arm", "field_value", "parse_arms", "parse_integers", "plain_config", "sharing_start", "slug"]
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,12 @@ class Arm:
 
     def build(self, preset: str, base: Mapping[str, Any], seed: int) -> CoGAGPT:
         """The model, with the weights that it shares with the unchanged one (`base`) at the same start."""
-        plain = CoGAConfig.preset(preset, **{"seed": seed, **base})
-        return sharing_start(self.config(preset, base, seed), plain)
+        return sharing_start(self.config(preset, base, seed), plain_config(preset, base, seed))
+
+
+def plain_config(preset: str, base: Mapping[str, Any], seed: int) -> CoGAConfig:
+    """The model that no arm has changed."""
+    return CoGAConfig.preset(preset, **{"seed": seed, **base})
 
 
 def sharing_start(config: CoGAConfig, plain: CoGAConfig) -> CoGAGPT:

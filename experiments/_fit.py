@@ -68,7 +68,6 @@ class Fitted:
     """
 
     steps: int = 0
-    moments: Moments = field(default_factory=dict)
     losses: list[tuple[int, float]] = field(default_factory=list)
     probes: list[tuple[int, dict[int, tuple[np.ndarray, int]]]] = field(default_factory=list)
     diverged: bool = False
@@ -77,6 +76,7 @@ class Fitted:
     tokens_per_second: float | None = None
     peak_bytes: int = 0
     grad_norms: list[float] = field(default_factory=list)
+    moments: Moments = field(default_factory=dict)
 
     def follows(self, before: Fitted) -> None:
         """Take over the curves of the part of the run that came before, and judge the whole."""

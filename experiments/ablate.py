@@ -46,7 +46,7 @@ from _ablate_settings import (
     setting_of,
     start_of,
 )
-from _arms import Arm, sharing_start, slug
+from _arms import Arm, plain_config, sharing_start, slug
 from _common import choose_device, environment, fail, machine_line, make_folder
 from _dense_start import dense_twin, kept, load_start, save_start, start_folder
 from _evaluate import probe_tokens
@@ -87,16 +87,13 @@ def _start_folder(arm: Arm, seed: int, setting: Setting, device: torch.device, s
     return start_folder(
         starts,
         dense_twin(config),
-        plain=dataclasses.asdict(_plain(setting, seed)),  # first weights are shared with it
+        plain=dataclasses.asdict(
+            plain_config(setting.preset, setting.model, seed)
+        ),  # first weights are shared with it
         lr=setting.lr * arm.lr_scale,
         setting={name: x for name, x in vars(setting).items() if name not in FREE},
         machine=[where["device"], where["torch"]],
     )
-
-
-def _plain(setting: Setting, seed: int) -> CoGAConfig:
-    """The unchanged model of a seed."""
-    return CoGAConfig.preset(setting.preset, **{"seed": seed, **setting.model})
 
 
 def _start(
@@ -109,13 +106,15 @@ def _start(
     folder = _start_folder(arm, seed, setting, device, starts)
     twin = dense_twin(config)
     if not kept(folder):
-        model = sharing_start(twin, _plain(setting, seed)).to(device)
+        plain = plain_config(setting.preset, setting.model, seed)
+        model = sharing_start(twin, plain).to(device)
         many = setting.batch * setting.n // setting.dense_n
         drawn = partial(batches, corpus, setting.dense_n, many, seed)
         title = f"dense start of {arm.text} seed {seed}"
         rest = dict(last=setting.dense_steps, keep_moments=True, title=title)
         save_start(folder, model, fit(model, drawn, setting.steps, **rest, **_options(arm, setting, device)))
     model, moments, dense = load_start(folder)
+    model = model.to(device)  # where prototypes are found, too
     if twin != config:
         text = prototype_text(corpus, setting.n, seed) if how["prototypes"] == "data" else None
         model = read_as(model, far_bias=how["far_bias"], text_BT=text, **dataclasses.asdict(config))

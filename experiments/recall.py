@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import sys
 import time
 from typing import Any
@@ -33,7 +32,7 @@ from typing import Any
 import numpy as np
 from _arms import Arm, parse_arms, slug
 from _common import choose_device
-from _dense_start import dense_twin
+from _dense_start import dense_twin, start_folder
 from _fit import Fitted, fit
 from _recall import Row, Vocabulary, classes, mqar, needle, recalled, scattered, stack
 from _recall_plots import plot_all
@@ -232,10 +231,9 @@ def _train(
 def warmed_up(arm: Arm, config: CoGAConfig, args: argparse.Namespace, device: Any) -> CoGAGPT:
     """The arm's model after the warm-up, which is trained once for all arms that share it."""
     twin = dense_twin(config)
-    name = hashlib.sha256(twin.to_json().encode()).hexdigest()[:12]
-    folder = args.out / "warm-up" / name
+    folder = start_folder(args.out / "warm-up", twin)
     if (folder / "config.json").exists():  # written after the weights
-        model = CoGAGPT.from_pretrained(folder)
+        model = CoGAGPT.from_pretrained(folder).to(device)
     else:
         model = CoGAGPT(twin).to(device)
         fitted = _train(model, args, 0, args.warmup_steps, args.lr, "warm-up")

@@ -294,25 +294,8 @@ def _reduce_kernel(
     tl.store(out_ptr + start * L + e, acc, mask=e < size * L)
 
 
-def launch_options(
-    heads: int,
-    content: int,
-    rotary: int,
-    count: int,
-    slots: int,
-    *,
-    mean: int | None = None,
-    exact: bool = False,
-) -> dict:
-    """Compile-time shape and launch of the segment kernel; `exact`: float32, off the tensor cores.
-
-    A program sums as many members as a group holds on average, and ends at once where there are none.
-    A warp sums 32 members of up to 96 dims, or 16 wider ones, without spilling its accumulators. One buffer
-    (STAGES 2) beats two: the next rows arrive while the warp works from registers, and more programs fit.
-    """
-    members = min(64, max(16, triton.next_power_of_2(min(slots, mean or slots))))
-    narrow = content + rotary <= 96
-    warps = max(1, members // (32 if narrow else 16))
+def shape_options(heads: int, content: int, rotary: int, count: int) -> dict:
+    """Compile-time shape that all kernels of opened groups share; BC, BP: widths of their tiles."""
     return dict(
         H=heads,
         C=content,
@@ -320,6 +303,20 @@ def launch_options(
         K=count,
         BC=max(16, triton.next_power_of_2(content)),
         BP=max(16, triton.next_power_of_2(max(rotary, 1))),
+    )
+
+
+def launch_options(shape: dict, slots: int, *, mean: int | None = None, exact: bool = False) -> dict:
+    """Compile-time shape and launch of the segment kernel; `exact`: float32, off the tensor cores.
+
+    A program sums as many members as a group holds on average, and ends at once where there are none.
+    A warp sums 32 members of up to 96 dims, or 16 wider ones, without spilling its accumulators. One buffer
+    (STAGES 2) beats two: the next rows arrive while the warp works from registers, and more programs fit.
+    """
+    members = min(64, max(16, triton.next_power_of_2(min(slots, mean or slots))))
+    narrow = shape["C"] + shape["P"] <= 96
+    warps = max(1, members // (32 if narrow else 16))
+    return shape | dict(
         BS=members,
         BN=16 if exact else 32 if narrow or warps == 1 else 64,
         SLOTS=slots,
@@ -354,7 +351,8 @@ def slot_gradient(
         index = invert(open_groups, groups)
     partial = q.new_empty(len(index.owner), slots, width, dtype=torch.float32)
     count, exact = open_groups.shape[-1], q.dtype == torch.float32
-    options = launch_options(heads, content, width - content, count, slots, mean=mean, exact=exact)
+    shape = shape_options(heads, content, width - content, count)
+    options = launch_options(shape, slots, mean=mean, exact=exact)
     _segment_kernel[(len(index.owner), triton.cdiv(slots, options["BS"]))](
         grad,
         lse,

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from coga.kernels.triton_inverted import columns, product, slot_gradient
+from coga.kernels.triton_inverted import columns, product, shape_options, slot_gradient
 
 __all__ = ["opened_backward", "opened_forward"]
 
@@ -266,15 +266,7 @@ def _query_kernel(
 
 
 def launch_options(
-    heads: int,
-    content: int,
-    rotary: int,
-    count: int,
-    slots: int,
-    *,
-    mean: int | None = None,
-    exact: bool = False,
-    tile: int = 32,
+    shape: dict, slots: int, *, mean: int | None = None, exact: bool = False, tile: int = 32
 ) -> dict:
     """Compile-time shape and launch of the token-by-token kernels; `exact`: float32, off the tensor cores.
 
@@ -282,21 +274,16 @@ def launch_options(
     is more room than members, tiles without any are skipped.
     One warp for 16 heads of up to 192 dims; twice that where the accumulators would spill.
     """
-    warps = max(1, triton.next_power_of_2(heads) // 16) * (1 if content + rotary <= 192 else 2)
+    heads = triton.next_power_of_2(shape["H"])
+    warps = max(1, heads // 16) * (1 if shape["C"] + shape["P"] <= 192 else 2)
     if exact:
         tile, warps = 16, 8
     power = triton.next_power_of_2(slots)
     pack = max(1, tile // power)
     chunks = 1 if pack > 1 else triton.cdiv(slots, tile)
-    return dict(
-        H=heads,
-        C=content,
-        P=rotary,
-        K=count,
-        KP=triton.next_power_of_2(count),
-        BH=max(16, triton.next_power_of_2(heads)),
-        BC=max(16, triton.next_power_of_2(content)),
-        BP=max(16, triton.next_power_of_2(max(rotary, 1))),
+    return shape | dict(
+        KP=triton.next_power_of_2(shape["K"]),
+        BH=max(16, heads),
         BN=tile,
         PACK=pack,
         CHUNKS=chunks,
@@ -339,7 +326,8 @@ def opened_forward(
     out = q.new_empty(batch, length, heads, content)
     lse = q.new_empty(batch, length, heads, dtype=torch.float32)
     exact = q.dtype == torch.float32
-    options = launch_options(heads, content, width - content, count, slots, mean=mean, exact=exact)
+    shape = shape_options(heads, content, width - content, count)
+    options = launch_options(shape, slots, mean=mean, exact=exact)
     _forward_kernel[(batch * length,)](
         q,
         slot,
@@ -363,7 +351,8 @@ def query_gradient(
     batch, length, heads, width = q.shape
     dq = torch.empty_like(q)
     count, exact = open_groups.shape[-1], q.dtype == torch.float32
-    options = launch_options(heads, content, width - content, count, slots, mean=mean, exact=exact)
+    shape = shape_options(heads, content, width - content, count)
+    options = launch_options(shape, slots, mean=mean, exact=exact)
     _query_kernel[(batch * length,)](
         grad,
         lse,

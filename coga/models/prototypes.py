@@ -35,7 +35,6 @@ def fit_prototypes(model: CoGAGPT, tokens_BT: Tensor, seed: int = 0) -> int:
     Returns the number of layers. ValueError: the text is shorter than a window.
     Source: scikit-learn's KMeans (Lloyd, k-means++).
     """
-
     fitted = [one for one in model.modules() if isinstance(one, GumbelGrouping)]
     layers = [model.config.layer(i) for i in range(model.config.n_layer)]
     longest = max((one.window for one in layers if one.grouping == "gumbel" and one.groups), default=0)
