@@ -41,7 +41,7 @@ from coga.models.mha import MultiHeadAttention
 DIM, HEADS = 768, 12
 FIXED = dict(latent_dim=64, rope_dim=32, window=512, layers="32", open_groups=16, capacity_factor=1.0)
 LETTERS = {"C": "latent_dim", "P": "rope_dim", "W": "window", "R": "layers", "K": "open_groups",
-           "cap": "capacity_factor"}  # fmt: skip
+           "S": "selection_stride", "cap": "capacity_factor"}  # fmt: skip
 
 
 def setting_of(name: str) -> dict:
@@ -357,7 +357,7 @@ def parts_of(setting: dict, length: int, tokens: int, dtype: torch.dtype, repeat
     with torch.no_grad():
         q, latent, mean_q = projections.enter(x, table_, "auto")
         _, far = module._groups(x, q, latent, context, mean_q)
-        closed = replace(far, open_BTK=None, slot_BSL=None)
+        closed = replace(far, open_BUK=None, slot_BSL=None)
         score = torch.randn(batch * length // layer.window, layer.window, layer.groups, device="cuda")
         mixed, _ = dispatch.attend(q, latent, window=layer.window, far=far, **options)
         pieces = {
@@ -367,11 +367,11 @@ def parts_of(setting: dict, length: int, tokens: int, dtype: torch.dtype, repeat
             ),
             "capacity assignment": lambda: dispatch.assign(score, layer.slots),
             "selection": lambda: dispatch.select(
-                mean_q,
+                mean_q[:, :: far.stride].contiguous(),
                 far.group_BML,
                 far.log_size_BM,
                 count=layer.open_groups,
-                window=layer.window,
+                window=layer.window // far.stride,
                 groups=layer.groups,
             ),
             "near": lambda: dispatch.attend(q, latent, window=layer.window, **options),

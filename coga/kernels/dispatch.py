@@ -57,7 +57,9 @@ def _bodies(backend: str, device: torch.device):
     return triton_ops
 
 
-def _far(group, log_size, far_bias, slot, offset, size, open_groups, shift, groups, slots) -> Far | None:
+def _far(
+    group, log_size, far_bias, slot, offset, size, open_groups, shift, groups, slots, stride
+) -> Far | None:
     if group is None:
         return None
     return Far(
@@ -67,10 +69,11 @@ def _far(group, log_size, far_bias, slot, offset, size, open_groups, shift, grou
         slot_BSL=slot,
         offset_BM=offset,
         size_BM=size,
-        open_BTK=open_groups,
+        open_BUK=open_groups,
         groups=groups,
         slots=slots,
         open_shift=shift,
+        stride=stride,
     )
 
 
@@ -102,9 +105,10 @@ def _attend(
     band: int,
     groups: int,
     slots: int,
+    stride: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    far = _far(group, log_size, far_bias, slot, offset, size, open_groups, shift, groups, slots)
+    far = _far(group, log_size, far_bias, slot, offset, size, open_groups, shift, groups, slots, stride)
     out, lse = _bodies(backend, q.device).attend(
         q,
         latent,
@@ -146,9 +150,10 @@ def _attend_backward(
     band: int,
     groups: int,
     slots: int,
+    stride: int,
     backend: str,
 ) -> list[Tensor]:
-    far = _far(group, log_size, far_bias, slot, offset, size, open_groups, shift, groups, slots)
+    far = _far(group, log_size, far_bias, slot, offset, size, open_groups, shift, groups, slots, stride)
     options = dict(content=content, window=window or None, band=band, alpha_H=alpha, sink_H=sink, far=far)
     grads = _bodies(backend, q.device).attend_backward(grad, out, lse, q, latent, **options)
     inputs = dict(zip(NAMES, (q, latent, alpha, sink, group, far_bias, slot), strict=True))
@@ -198,9 +203,9 @@ def attend(
     if band == 0:
         alpha_H = None
     parts: tuple = (None,) * 8
-    groups = slots = 0
+    groups, slots, stride = 0, 0, 1
     if far is not None and far.group_BML.shape[1]:
-        groups, slots = far.groups, far.slots
+        groups, slots, stride = far.groups, far.slots, far.stride
         parts = (
             far.group_BML,
             far.far_bias_H,
@@ -208,11 +213,22 @@ def attend(
             far.log_size_BM,
             far.offset_BM,
             far.size_BM,
-            far.open_BTK,
+            far.open_BUK,
             None if far.open_shift is None else far.open_shift.detach(),
         )
     return _attend(
-        q_BTHL, latent_BTL, alpha_H, sink_H, *parts, content, window or 0, band, groups, slots, backend
+        q_BTHL,
+        latent_BTL,
+        alpha_H,
+        sink_H,
+        *parts,
+        content,
+        window or 0,
+        band,
+        groups,
+        slots,
+        stride,
+        backend,
     )
 
 

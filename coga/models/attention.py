@@ -187,16 +187,18 @@ class CoGAAttention(nn.Module):
         )
 
     def _far(self, q, mean_q, latent, group, log_sizes, grouping: Grouping, context: CallContext) -> Far:
-        """The groups that some token may read, with the selection of each token."""
-        layer, read = self.layer, group.shape[1]
+        """The groups that some token may read, with the selection of each run of tokens."""
+        layer, read, stride = self.layer, group.shape[1], self.config.selection_stride
         opened = slot = None
         if layer.open_groups > 0:
+            chooser = q.mean(2) if mean_q is None else mean_q
+            # The stride divides the window: in units of runs, the first tokens stand where tokens would.
             opened = dispatch.select(
-                q.mean(2) if mean_q is None else mean_q,
+                chooser[:, ::stride].contiguous(),
                 group,
                 log_sizes,
                 count=layer.open_groups,
-                window=layer.window,
+                window=layer.window // stride,
                 groups=layer.groups,
                 backend=context.backend,
             )
@@ -209,8 +211,9 @@ class CoGAAttention(nn.Module):
             slot_BSL=slot,
             offset_BM=grouping.offset_BM[:, :read].contiguous(),
             size_BM=grouping.size_BM[:, :read].contiguous(),
-            open_BTK=opened,
+            open_BUK=opened,
             groups=layer.groups,
             slots=layer.slots,
             open_shift=None if opened is None else shift,
+            stride=stride,
         )
