@@ -33,16 +33,16 @@ from coga.kernels.triton_inverted import columns, product, shape_options, slot_g
 
 __all__ = ["opened_backward", "opened_forward"]
 
+MOST_LISTED = 64  # a tile compares each of its rows with each opened group
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _which(i, n, end, PACK: tl.constexpr, CHUNKS: tl.constexpr, BN: tl.constexpr, SKIP: tl.constexpr):
+def _which(i, n, PACK: tl.constexpr, CHUNKS: tl.constexpr, BN: tl.constexpr):
     """Opened groups that tile i reads: one scalar, or one entry a row where a tile holds several groups."""
     if PACK > 1:
         k = i * PACK + n // (BN // PACK)
-    elif SKIP:
-        k = tl.sum((end <= i).to(tl.int32), 0)
     else:
         k = i // CHUNKS
     return k
@@ -66,51 +66,52 @@ def _place(offset_ptr, size_ptr, group):
 def _rows(
     slot_ptr,
     start,
+    size,
     i,
     n,
-    end,
     L: tl.constexpr,
     PACK: tl.constexpr,
     CHUNKS: tl.constexpr,
     BN: tl.constexpr,
-    SKIP: tl.constexpr,
 ):
-    """Pointers to the rows of tile i and the index of each row within its group."""
+    """Pointers to the rows of tile i, and which of them hold a member."""
     if PACK > 1:
         member = n % (BN // PACK)
         rows = slot_ptr + (start + member)[:, None] * L
     else:
-        if SKIP:
-            chunk = i - tl.max(tl.where(end <= i, end, 0), 0)
-        else:
-            chunk = i % CHUNKS
-        member = n + chunk * BN
+        member = n + i % CHUNKS * BN
         rows = (slot_ptr + start * L) + member[:, None] * L  # scalar base: wide loads, cheap addresses
-    return rows, member
+    return rows, member < size
 
 
 @triton.jit
-def _tiles(
-    open_ptr,
-    size_ptr,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    PACK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    BN: tl.constexpr,
-    SKIP: tl.constexpr,
-):
-    """How many tiles a token reads; with SKIP, after how many each of its groups ends (KP,), else 0."""
+def _listed(open_ptr, offset_ptr, size_ptr, K: tl.constexpr, KP: tl.constexpr):
+    """The token's opened groups side by side (KP,): first and last + 1 of their places in one list of all
+    members, and from a place in the list to a slot; in all, how many members there are.
+    """
+    k = tl.arange(0, KP)
+    start, size = _place(offset_ptr, size_ptr, _open(open_ptr, k, K))
+    end = tl.cumsum(size, 0)
+    return end - size, end, start - (end - size), tl.max(end, 0)
+
+
+@triton.jit
+def _listed_rows(slot_ptr, place, first, end, shift, members, L: tl.constexpr):
+    """Pointers to the rows of some places of the list, and which of them hold a member.
+
+    Each place lies in one group: a masked sum finds its shift without a load.
+    """
+    inside = (first[:, None] <= place[None, :]) & (place[None, :] < end[:, None])
+    slot = place + tl.sum(tl.where(inside, shift[:, None], 0), 0)
+    return slot_ptr + slot[:, None] * L, place < members
+
+
+@triton.jit
+def _tiles(open_ptr, K: tl.constexpr, KP: tl.constexpr, PACK: tl.constexpr, CHUNKS: tl.constexpr):
+    """How many tiles a token reads."""
     k = tl.arange(0, KP)
     group = tl.load(open_ptr + k, mask=k < K, other=-1)
-    if SKIP:
-        size = tl.load(size_ptr + group, mask=group >= 0, other=0).to(tl.int32)
-        end = tl.cumsum((size + BN - 1) // BN, 0)
-        tiles = tl.max(end, 0)
-    else:
-        end = 0
-        tiles = (tl.max(tl.where(group >= 0, k + 1, 0), 0) + PACK - 1) // PACK * CHUNKS
-    return tiles, end
+    return (tl.max(tl.where(group >= 0, k + 1, 0), 0) + PACK - 1) // PACK * CHUNKS
 
 
 @triton.jit
@@ -136,7 +137,7 @@ def _forward_kernel(
     BN: tl.constexpr,
     PACK: tl.constexpr,
     CHUNKS: tl.constexpr,
-    SKIP: tl.constexpr,
+    LISTED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     L: tl.constexpr = C + P
@@ -158,13 +159,19 @@ def _forward_kernel(
     m = tl.full([BH], -float("inf"), tl.float32)
     norm = tl.zeros([BH], tl.float32)
     acc = tl.zeros([BH, BC], tl.float32)
-    tiles, end = _tiles(open_ptr, size_ptr, K, KP, PACK, CHUNKS, BN, SKIP)
-    # Ids run two tiles ahead and places one tile ahead, so that no address waits for a load of its own tile.
-    start, size = _place(offset_ptr, size_ptr, _open(open_ptr, _which(0, n, end, PACK, CHUNKS, BN, SKIP), K))
-    group = _open(open_ptr, _which(1, n, end, PACK, CHUNKS, BN, SKIP), K)
+    if LISTED:
+        first, end, shift, members = _listed(open_ptr, offset_ptr, size_ptr, K, KP)
+        tiles = (members + BN - 1) // BN
+    else:
+        tiles = _tiles(open_ptr, K, KP, PACK, CHUNKS)
+        # Ids run two tiles ahead and places one, so that no address waits for a load of its own tile.
+        start, size = _place(offset_ptr, size_ptr, _open(open_ptr, _which(0, n, PACK, CHUNKS, BN), K))
+        group = _open(open_ptr, _which(1, n, PACK, CHUNKS, BN), K)
     for i in tl.range(0, tiles, num_stages=STAGES):
-        rows, member = _rows(slot_ptr, start, i, n, end, L, PACK, CHUNKS, BN, SKIP)
-        live = member < size
+        if LISTED:
+            rows, live = _listed_rows(slot_ptr, i * BN + n, first, end, shift, members, L)
+        else:
+            rows, live = _rows(slot_ptr, start, size, i, n, L, PACK, CHUNKS, BN)
         k_c = tl.load(rows + c[None, :], mask=columns(live[:, None], c, C), other=0.0)
         s = product(q_c, k_c)
         if P > 0:
@@ -178,8 +185,9 @@ def _forward_kernel(
         norm = norm * old + tl.sum(p, 1)
         acc = tl.dot(p.to(k_c.dtype), k_c, acc * old[:, None], input_precision="ieee")
         m = higher
-        start, size = _place(offset_ptr, size_ptr, group)
-        group = _open(open_ptr, _which(i + 2, n, end, PACK, CHUNKS, BN, SKIP), K)
+        if not LISTED:
+            start, size = _place(offset_ptr, size_ptr, group)
+            group = _open(open_ptr, _which(i + 2, n, PACK, CHUNKS, BN), K)
     some = norm > 0
     norm = tl.where(some, norm, 1.0)
     out = acc / norm[:, None]
@@ -214,7 +222,7 @@ def _query_kernel(
     BN: tl.constexpr,
     PACK: tl.constexpr,
     CHUNKS: tl.constexpr,
-    SKIP: tl.constexpr,
+    LISTED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     L: tl.constexpr = C + P
@@ -240,12 +248,18 @@ def _query_kernel(
     if P > 0:
         q_r = tl.load(row + C + r[None, :], mask=columns(head, r, P), other=0.0)
         dq_r = tl.zeros([BH, BP], tl.float32)
-    tiles, end = _tiles(open_ptr, size_ptr, K, KP, PACK, CHUNKS, BN, SKIP)
-    start, size = _place(offset_ptr, size_ptr, _open(open_ptr, _which(0, n, end, PACK, CHUNKS, BN, SKIP), K))
-    group = _open(open_ptr, _which(1, n, end, PACK, CHUNKS, BN, SKIP), K)
+    if LISTED:
+        first, end, shift, members = _listed(open_ptr, offset_ptr, size_ptr, K, KP)
+        tiles = (members + BN - 1) // BN
+    else:
+        tiles = _tiles(open_ptr, K, KP, PACK, CHUNKS)
+        start, size = _place(offset_ptr, size_ptr, _open(open_ptr, _which(0, n, PACK, CHUNKS, BN), K))
+        group = _open(open_ptr, _which(1, n, PACK, CHUNKS, BN), K)
     for i in tl.range(0, tiles, num_stages=STAGES):
-        rows, member = _rows(slot_ptr, start, i, n, end, L, PACK, CHUNKS, BN, SKIP)
-        live = member < size
+        if LISTED:
+            rows, live = _listed_rows(slot_ptr, i * BN + n, first, end, shift, members, L)
+        else:
+            rows, live = _rows(slot_ptr, start, size, i, n, L, PACK, CHUNKS, BN)
         k_c = tl.load(rows + c[None, :], mask=columns(live[:, None], c, C), other=0.0)
         s = product(q_c, k_c)
         if P > 0:
@@ -257,8 +271,9 @@ def _query_kernel(
         dq_c = tl.dot(ds, k_c, dq_c, input_precision="ieee")
         if P > 0:
             dq_r = tl.dot(ds, k_r, dq_r, input_precision="ieee")
-        start, size = _place(offset_ptr, size_ptr, group)
-        group = _open(open_ptr, _which(i + 2, n, end, PACK, CHUNKS, BN, SKIP), K)
+        if not LISTED:
+            start, size = _place(offset_ptr, size_ptr, group)
+            group = _open(open_ptr, _which(i + 2, n, PACK, CHUNKS, BN), K)
     target = dq_ptr + token * (H * L) + h[:, None] * L
     tl.store(target + c[None, :], dq_c.to(dq_ptr.dtype.element_ty), mask=columns(head, c, C))
     if P > 0:
@@ -271,7 +286,7 @@ def launch_options(
     """Compile-time shape and launch of the token-by-token kernels; `exact`: float32, off the tensor cores.
 
     A group has room for `slots` members and on average holds `mean` (if not given, all of them): where there
-    is more room than members, tiles without any are skipped.
+    is more room than members, tiles run over a list of all members, and only the last one is not full.
     One warp for 16 heads of up to 192 dims; twice that where the accumulators would spill.
     """
     heads = triton.next_power_of_2(shape["H"])
@@ -287,7 +302,7 @@ def launch_options(
         BN=tile,
         PACK=pack,
         CHUNKS=chunks,
-        SKIP=chunks > 1 and mean is not None and slots > mean,
+        LISTED=mean is not None and slots > mean and shape["K"] <= MOST_LISTED,
         STAGES=2,
         num_warps=warps,
     )

@@ -8,7 +8,7 @@ from support import GROUPINGS, W, perturb, real_bytes, small_config
 
 from coga.models import CoGAGPT
 
-# Groups with room for half as many members again fill two tiles at most: those that hold nobody are skipped.
+# Groups with room for half as many members again: tiles run over a list of members.
 SHARED = dict(layers="4 full", selection_stride=4)
 ROOMY = dict(layers="16 full", window=2 * W, capacity_factor=1.5)
 
