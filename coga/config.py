@@ -129,8 +129,8 @@ class CoGAConfig:
     refine_gradient: str = "last"
     beta: float = 32.0
     kmeans_steps: int = 8
-    refine_groups: bool = True
-    reciprocal_groups: bool = True
+    refine_groups: bool = False
+    reciprocal_groups: bool = False
     far_warmup: int = 0
     far_bias_init: float = -2.0
 
@@ -143,7 +143,7 @@ class CoGAConfig:
     hysteresis: float = 0.0
     coherence_weight: float = 0.01
     freeze_step: int | None = None
-    revive: float = 0.1
+    revive: float = 0.0
     entropy_weight: float = 0.0
 
     backend: str = "auto"

@@ -39,9 +39,12 @@ from coga.models.context import CallContext
 from coga.models.mha import MultiHeadAttention
 
 DIM, HEADS = 768, 12
-FIXED = dict(latent_dim=64, rope_dim=32, window=512, layers="32", open_groups=16, capacity_factor=1.0)
+FIXED = dict(
+    latent_dim=64, rope_dim=32, window=512, layers="32", open_groups=16, capacity_factor=1.0,
+    refine_groups=True, reciprocal_groups=True,
+)  # fmt: skip
 LETTERS = {"C": "latent_dim", "P": "rope_dim", "W": "window", "R": "layers", "K": "open_groups",
-           "S": "selection_stride", "cap": "capacity_factor"}  # fmt: skip
+           "S": "selection_stride", "refine": "refine_groups", "cap": "capacity_factor"}  # fmt: skip
 
 
 def setting_of(name: str) -> dict:
@@ -53,10 +56,15 @@ def setting_of(name: str) -> dict:
         found = re.fullmatch(r"([A-Za-z]+)(\d+(?:\.\d+)?)", part)
         field = LETTERS.get(found[1]) if found else None
         if found is None or field is None or field in changes:
-            rule = "must be fixed, full, near, or parts such as R64-K8 of " + ", ".join(LETTERS)
+            rule = "must be fixed, full, near, or parts such as R64-K8-S2-refine0 of " + ", ".join(LETTERS)
             raise ValueError(f"settings={name!r}: {rule}")
         number = float(found[2]) if "." in found[2] else int(found[2])
-        changes[field] = str(number) if field == "layers" else number
+        if field == "layers":
+            changes[field] = str(number)
+        elif field == "refine_groups":
+            changes[field] = {0: False, 1: True}.get(number, number)  # others are refused with their rule
+        else:
+            changes[field] = number
     setting = FIXED | changes
     module_of(setting)
     return setting

@@ -98,6 +98,8 @@ def main() -> int:
                 rates[label] = args.batch * args.n / ms * 1e3
                 found = row(label, ARMS[name]["layers"], args.n, args.batch, "train step", ms, peak, launched)
                 rows.append(found | {"tokens_per_s": round(rates[label]), "parameters": size})
+                args.out.mkdir(parents=True, exist_ok=True)
+                (args.out / "model_speed.json").write_text(json.dumps(rows, indent=1) + "\n")
                 print(
                     f"{label:16s}{ms:9.1f} ms ({launched:.1f} launched) {rates[label]:10.0f} tokens/s "
                     f"{peak:8.0f} MiB {size / 1e6:.0f}M"
@@ -108,8 +110,6 @@ def main() -> int:
     for label, rate in rates.items():
         if dense:
             print(f"{label:16s}{rate / dense:6.2f} x the faster multi-head twin")
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "model_speed.json").write_text(json.dumps(rows, indent=1) + "\n")
     return 0
 
 
