@@ -74,7 +74,6 @@ class CoGAConfig:
     Groups
         grouping       "gumbel", "contiguous", "kmeans" or "random"; one or one per layer
         open_groups    K, groups a token reads member by member; one, one per layer, or None for 512/R
-        selection_stride  tokens that share a selection: the first of each aligned run chooses for the run
         capacity_factor  a group holds at most ceil(capacity_factor * R) tokens; one or one per layer
         refine_steps   soft k-means steps that start from the prototypes; beta: scale of their cosine logits
         refine_gradient "last" (straight through the earlier steps) or "all"
@@ -123,7 +122,6 @@ class CoGAConfig:
 
     grouping: str | tuple[str, ...] = "gumbel"
     open_groups: int | tuple[int, ...] | None = None
-    selection_stride: int = 1
     capacity_factor: float | tuple[float, ...] = 1.0
     refine_steps: int = 4
     refine_gradient: str = "last"
@@ -150,7 +148,7 @@ class CoGAConfig:
 
     def __post_init__(self) -> None:
         self._check_types()
-        for name in ("vocab_size", "n_layer", "n_head", "d_model", "max_len", "selection_stride"):
+        for name in ("vocab_size", "n_layer", "n_head", "d_model", "max_len"):
             if getattr(self, name) < 1:
                 raise _bad(name, getattr(self, name), "must be at least 1")
         if not 0 <= self.seed < 2**63:
@@ -242,9 +240,6 @@ class CoGAConfig:
         if layer.kind == "group" and layer.window % layer.group_size:
             rule = f"must be a multiple of every group size in layers={self.layers!r}"
             raise _bad("window", layer.window, rule)
-        if layer.kind == "group" and layer.window % self.selection_stride:
-            rule = f"must divide window={layer.window}, so that no run crosses windows"
-            raise _bad("selection_stride", self.selection_stride, rule)
 
     def _per_layer(self, name: str, index: int) -> Any:
         value = getattr(self, name)

@@ -59,10 +59,9 @@ class Far:
     far_bias_H    learned bias per head on the score of a group summary
     slot_BSL      token latents in slot order; None when nothing is opened (K = 0)
     offset_BM, size_BM   int64, members of group m are slots offset .. offset+size-1
-    open_BUK      int64, groups opened by each run of `stride` tokens, ascending, -1 for none; None when K = 0
+    open_BTK      int64, groups opened by each token, ascending, -1 for none; None when K = 0
     groups        G, groups in a window
     slots         the most members a group can have
-    stride        tokens that share a selection, U = ceil(T / stride) runs
     open_shift    scalar added to the scores of opened members, without a gradient; None for none
     """
 
@@ -72,8 +71,7 @@ class Far:
     offset_BM: Tensor
     size_BM: Tensor
     slot_BSL: Tensor | None
-    open_BUK: Tensor | None
+    open_BTK: Tensor | None
     groups: int
     slots: int
     open_shift: Tensor | None = None
-    stride: int = 1

@@ -44,7 +44,7 @@ FIXED = dict(
     refine_groups=True, reciprocal_groups=True,
 )  # fmt: skip
 LETTERS = {"C": "latent_dim", "P": "rope_dim", "W": "window", "R": "layers", "K": "open_groups",
-           "S": "selection_stride", "refine": "refine_groups", "cap": "capacity_factor"}  # fmt: skip
+           "refine": "refine_groups", "steps": "refine_steps", "cap": "capacity_factor"}  # fmt: skip
 
 
 def setting_of(name: str) -> dict:
@@ -56,7 +56,7 @@ def setting_of(name: str) -> dict:
         found = re.fullmatch(r"([A-Za-z]+)(\d+(?:\.\d+)?)", part)
         field = LETTERS.get(found[1]) if found else None
         if found is None or field is None or field in changes:
-            rule = "must be fixed, full, near, or parts such as R64-K8-S2-refine0 of " + ", ".join(LETTERS)
+            rule = "must be fixed, full, near, or parts such as R64-K8-refine0 of " + ", ".join(LETTERS)
             raise ValueError(f"settings={name!r}: {rule}")
         number = float(found[2]) if "." in found[2] else int(found[2])
         if field == "layers":
@@ -365,7 +365,7 @@ def parts_of(setting: dict, length: int, tokens: int, dtype: torch.dtype, repeat
     with torch.no_grad():
         q, latent, mean_q = projections.enter(x, table_, "auto")
         _, far = module._groups(x, q, latent, context, mean_q)
-        closed = replace(far, open_BUK=None, slot_BSL=None)
+        closed = replace(far, open_BTK=None, slot_BSL=None)
         score = torch.randn(batch * length // layer.window, layer.window, layer.groups, device="cuda")
         mixed, _ = dispatch.attend(q, latent, window=layer.window, far=far, **options)
         pieces = {
@@ -375,11 +375,11 @@ def parts_of(setting: dict, length: int, tokens: int, dtype: torch.dtype, repeat
             ),
             "capacity assignment": lambda: dispatch.assign(score, layer.slots),
             "selection": lambda: dispatch.select(
-                mean_q[:, :: far.stride].contiguous(),
+                mean_q,
                 far.group_BML,
                 far.log_size_BM,
                 count=layer.open_groups,
-                window=layer.window // far.stride,
+                window=layer.window,
                 groups=layer.groups,
             ),
             "near": lambda: dispatch.attend(q, latent, window=layer.window, **options),

@@ -33,8 +33,6 @@ BAD = [
     ("max_len", 0, "at least 1"),
     ("latent_dim", 0, "at least 1"),
     ("open_groups", -1, "at least 0"),
-    ("selection_stride", 0, "at least 1"),
-    ("selection_stride", 3, "must divide window=512, so that no run crosses windows"),
     ("capacity_factor", 0.9, "at least 1"),
     ("capacity_factor", float("inf"), "finite"),
     ("capacity_factor", float("nan"), "finite"),

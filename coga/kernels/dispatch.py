@@ -57,9 +57,7 @@ def _bodies(backend: str, device: torch.device):
     return triton_ops
 
 
-def _far(
-    group, log_size, far_bias, slot, offset, size, open_groups, shift, groups, slots, stride
-) -> Far | None:
+def _far(group, log_size, far_bias, slot, offset, size, open_groups, shift, groups, slots) -> Far | None:
     if group is None:
         return None
     return Far(
@@ -69,11 +67,10 @@ def _far(
         slot_BSL=slot,
         offset_BM=offset,
         size_BM=size,
-        open_BUK=open_groups,
+        open_BTK=open_groups,
         groups=groups,
         slots=slots,
         open_shift=shift,
-        stride=stride,
     )
 
 
@@ -105,10 +102,9 @@ def _attend(
     band: int,
     groups: int,
     slots: int,
-    stride: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    far = _far(group, log_size, far_bias, slot, offset, size, open_groups, shift, groups, slots, stride)
+    far = _far(group, log_size, far_bias, slot, offset, size, open_groups, shift, groups, slots)
     out, lse = _bodies(backend, q.device).attend(
         q,
         latent,
@@ -150,10 +146,9 @@ def _attend_backward(
     band: int,
     groups: int,
     slots: int,
-    stride: int,
     backend: str,
 ) -> list[Tensor]:
-    far = _far(group, log_size, far_bias, slot, offset, size, open_groups, shift, groups, slots, stride)
+    far = _far(group, log_size, far_bias, slot, offset, size, open_groups, shift, groups, slots)
     options = dict(content=content, window=window or None, band=band, alpha_H=alpha, sink_H=sink, far=far)
     grads = _bodies(backend, q.device).attend_backward(grad, out, lse, q, latent, **options)
     inputs = dict(zip(NAMES, (q, latent, alpha, sink, group, far_bias, slot), strict=True))
@@ -203,9 +198,9 @@ def attend(
     if band == 0:
         alpha_H = None
     parts: tuple = (None,) * 8
-    groups, slots, stride = 0, 0, 1
+    groups = slots = 0
     if far is not None and far.group_BML.shape[1]:
-        groups, slots, stride = far.groups, far.slots, far.stride
+        groups, slots = far.groups, far.slots
         parts = (
             far.group_BML,
             far.far_bias_H,
@@ -213,22 +208,11 @@ def attend(
             far.log_size_BM,
             far.offset_BM,
             far.size_BM,
-            far.open_BUK,
+            far.open_BTK,
             None if far.open_shift is None else far.open_shift.detach(),
         )
     return _attend(
-        q_BTHL,
-        latent_BTL,
-        alpha_H,
-        sink_H,
-        *parts,
-        content,
-        window or 0,
-        band,
-        groups,
-        slots,
-        stride,
-        backend,
+        q_BTHL, latent_BTL, alpha_H, sink_H, *parts, content, window or 0, band, groups, slots, backend
     )
 
 

@@ -38,7 +38,6 @@ __all__ = [
     "gather_members",
     "group_attend",
     "group_attend_backward",
-    "opened_by",
     "rounding_step",
     "select",
     "visible_groups",
@@ -99,20 +98,14 @@ def gather_members(far: Far, open_BtK: Tensor) -> tuple[Tensor, Tensor]:
     return members.view(*mask.shape, width), mask
 
 
-def opened_by(far: Far, position: Tensor) -> Far:
-    """`far` with a list of opened groups for each of the tokens at some positions."""
-    if far.open_BUK is None:
-        return replace(far, stride=1)
-    return replace(far, open_BUK=far.open_BUK[:, position // far.stride], stride=1)
-
-
 def far_at(far: Far | None, position: Tensor) -> tuple[Far | None, tuple[Tensor, Tensor] | None]:
     """`far` in at least float32 for the queries at some positions, and the members that they open."""
     if far is None:
         return None, None
     slot = None if far.slot_BSL is None else wide(far.slot_BSL)
-    far = opened_by(replace(far, group_BML=wide(far.group_BML), slot_BSL=slot), position)
-    return far, None if far.open_BUK is None else gather_members(far, far.open_BUK)
+    opened = None if far.open_BTK is None else far.open_BTK[:, position]
+    far = replace(far, group_BML=wide(far.group_BML), slot_BSL=slot, open_BTK=opened)
+    return far, None if opened is None else gather_members(far, opened)
 
 
 def _scores(q_BtHL: Tensor, key_BsL: Tensor) -> Tensor:
@@ -183,8 +176,8 @@ def attention_parts(
             group = torch.arange(count, device=q_BtHL.device)
             hidden = group >= visible_groups(position, window, far.groups)[..., None]
             added = added.masked_fill(hidden, -torch.inf)
-        if far.open_BUK is not None:
-            index = torch.where(far.open_BUK >= 0, far.open_BUK, count)
+        if far.open_BTK is not None:
+            index = torch.where(far.open_BTK >= 0, far.open_BTK, count)
             added = torch.nn.functional.pad(added, (0, 1)).scatter(2, index, -torch.inf)[..., :count]
         summary = _scores(q_BtHL, far.group_BML)
         summary += added[:, :, None]
@@ -275,7 +268,7 @@ def _far_chunk(far: Far | None, start: int, end: int, window: int | None) -> Far
         far,
         group_BML=far.group_BML[:, :count],
         log_size_BM=far.log_size_BM[:, :count],
-        open_BUK=None if far.open_BUK is None else far.open_BUK[:, start:end],
+        open_BTK=None if far.open_BTK is None else far.open_BTK[:, start:end],
     )
 
 
@@ -322,7 +315,6 @@ class _Inputs:
         if far is not None:
             slot = None if far.slot_BSL is None else wide(far.slot_BSL)
             far = replace(far, group_BML=wide(far.group_BML), slot_BSL=slot, far_bias_H=wide(far.far_bias_H))
-            far = opened_by(far, torch.arange(q.shape[1], device=q.device))
             if far.group_BML.shape[1] == 0:
                 far = None
         alpha, sink = (None if x is None else wide(x) for x in (alpha, sink))
@@ -333,8 +325,8 @@ class _Inputs:
         start, end, low, low_band = bounds
         far = _far_chunk(self.far, start, end, window)
         members = None
-        if far is not None and far.open_BUK is not None:
-            members = gather_members(far, far.open_BUK)
+        if far is not None and far.open_BTK is not None:
+            members = gather_members(far, far.open_BTK)
         return dict(
             q_BtHL=self.q[:, start:end],
             position=torch.arange(start, end, device=self.q.device),
@@ -449,7 +441,7 @@ def _chunk_backward(grads, chunk, bounds, grad: Tensor, delta: Tensor) -> None:
         dmember = ds.transpose(-1, -2) @ q
         dmember[..., :content] += prob.transpose(-1, -2) @ grad
         # Masked members have zero gradient, so the slot they point at does not matter.
-        index = _member_index(far, far.open_BUK)
+        index = _member_index(far, far.open_BTK)
         grads["slot"].flatten(0, 1).index_add_(0, index, dmember.flatten(0, 2))
     if parts.sink_BtH is not None:
         grads["sink"] += (parts.sink_BtH * -delta[..., 0]).sum((0, 1))

@@ -114,14 +114,12 @@ def bit_word(bits_ptr, token, live, first, length, key, BN: tl.constexpr, KEYS_F
 # ------------------------------------------------------------------------------------------- opened bits
 
 
-@triton.jit(do_not_specialize=["length", "runs", "words"])
+@triton.jit(do_not_specialize=["length", "words"])
 def _bits_kernel(
     open_ptr,
     bits_ptr,
     length,
-    runs,
     words,
-    STRIDE: tl.constexpr,
     K: tl.constexpr,
     KB: tl.constexpr,
     BT: tl.constexpr,
@@ -130,14 +128,14 @@ def _bits_kernel(
     token = tl.program_id(0) * BT + tl.arange(0, BT)
     live = token < length
     batch = tl.program_id(2).to(tl.int64)
-    open_ptr += batch * runs * K
+    open_ptr += batch * length * K
     bits_ptr += batch * words * length
     k = tl.arange(0, KB)
     first = tl.program_id(1) * WORDS
     for word in range(first, tl.minimum(first + WORDS, words)):
         value = tl.zeros([BT], tl.int32)
         for start in range(0, K, KB):
-            at = open_ptr + (token // STRIDE).to(tl.int64)[:, None] * K + (start + k)[None, :]
+            at = open_ptr + token.to(tl.int64)[:, None] * K + (start + k)[None, :]
             group = tl.load(at, mask=live[:, None] & (start + k < K)[None, :], other=-1).to(tl.int32)
             bit = tl.full([BT, KB], 1, tl.int32) << (group & 31)
             # A token opens a group at most once, so the sum of its bits is their union.
@@ -145,30 +143,16 @@ def _bits_kernel(
         tl.store(bits_ptr + word * (length + tl.full([], 0, tl.int64)) + token, value, mask=live)
 
 
-def opened_bits(open_BUK: Tensor, groups: int, length: int, stride: int = 1) -> Tensor:
-    """Bit m % 32 of word (b, m // 32, t): whether token t opened group m. int32, words to a multiple of 4.
-
-    `stride` tokens share an entry of `open_BUK`.
-    """
-    batch, runs, count = open_BUK.shape
-    assert runs == triton.cdiv(length, stride)
+def opened_bits(open_BTK: Tensor, groups: int) -> Tensor:
+    """Bit m % 32 of word (b, m // 32, t): whether token t opened group m. int32, words to a multiple of 4."""
+    batch, length, count = open_BTK.shape
     words = triton.cdiv(groups, 128) * 4
-    bits = torch.empty(batch, words, length, dtype=torch.int32, device=open_BUK.device)
+    bits = torch.empty(batch, words, length, dtype=torch.int32, device=open_BTK.device)
     block, span = 128, 16
     grid = (triton.cdiv(length, block), triton.cdiv(words, span), batch)
     columns = min(32, triton.next_power_of_2(count))
     _bits_kernel[grid](
-        open_BUK.contiguous(),
-        bits,
-        length,
-        runs,
-        words,
-        STRIDE=stride,
-        K=count,
-        KB=columns,
-        BT=block,
-        WORDS=span,
-        num_warps=4,
+        open_BTK.contiguous(), bits, length, words, K=count, KB=columns, BT=block, WORDS=span, num_warps=4
     )
     return bits
 

@@ -309,12 +309,14 @@ def shape_options(heads: int, content: int, rotary: int, count: int) -> dict:
 def launch_options(shape: dict, slots: int, *, mean: int | None = None, exact: bool = False) -> dict:
     """Compile-time shape and launch of the segment kernel; `exact`: float32, off the tensor cores.
 
-    A program sums as many members as a group holds on average, and ends at once where there are none.
+    A program sums as many members as a group holds on average, if they fit, and ends at once where there are
+    none.
     A warp sums 32 members of up to 96 dims, or 16 wider ones, without spilling its accumulators. One buffer
     (STAGES 2) beats two: the next rows arrive while the warp works from registers, and more programs fit.
     """
-    members = min(64, max(16, triton.next_power_of_2(min(slots, mean or slots))))
     narrow = shape["C"] + shape["P"] <= 96
+    most = 32 if narrow and not exact else 64  # two programs of one warp are faster than one of two
+    members = min(most, max(16, triton.next_power_of_2(min(slots, mean or slots))))
     warps = max(1, members // (32 if narrow else 16))
     return shape | dict(
         BS=members,

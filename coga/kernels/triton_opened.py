@@ -293,6 +293,7 @@ def launch_options(
     warps = max(1, heads // 16) * (1 if shape["C"] + shape["P"] <= 192 else 2)
     if exact:
         tile, warps = 16, 8
+    listed = mean is not None and slots > mean and shape["K"] <= MOST_LISTED
     power = triton.next_power_of_2(slots)
     pack = max(1, tile // power)
     chunks = 1 if pack > 1 else triton.cdiv(slots, tile)
@@ -302,8 +303,8 @@ def launch_options(
         BN=tile,
         PACK=pack,
         CHUNKS=chunks,
-        LISTED=mean is not None and slots > mean and shape["K"] <= MOST_LISTED,
-        STAGES=2,
+        LISTED=listed,
+        STAGES=3 if listed else 2,
         num_warps=warps,
     )
 

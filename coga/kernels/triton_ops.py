@@ -8,8 +8,7 @@ Every kernel of the backward pass reads the log-sum-exp of the whole softmax, so
 no weights of their own: the opened members, bound by the L2 cache, run beside the keys, bound by the tensor
 cores. Shapes and dtypes without a kernel (float64, very wide latents) use the reference.
 
-Legend: B batch, T tokens, H heads, C content width, L = C + P, M groups, G groups in a window, K opened;
-U runs of tokens that share what they open.
+Legend: B batch, T tokens, H heads, C content width, L = C + P, M groups, G groups in a window, K opened.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from coga.kernels import reference
 from coga.kernels.beside import beside
@@ -36,7 +34,6 @@ __all__ = ["assign", "attend", "attend_backward", "group_attend", "group_attend_
 # takes minutes to compile them.
 WIDEST_CONTENT = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}
 WIDEST_ROTARY = 128
-MOST_ROWS = 64  # rows (heads of tokens that share a selection) of a tile of opened members
 
 
 def _has_kernel(q: Tensor, content: int) -> bool:
@@ -80,13 +77,10 @@ class _Plan:
                 far_bias_H=_dense(far.far_bias_H),
                 slot_BSL=_dense(far.slot_BSL, q.dtype),
             )
-            opens = far.open_BUK is not None and far.open_BUK.shape[-1] > 0 and far.slot_BSL.shape[1] > 0
+            opens = far.open_BTK is not None and far.open_BTK.shape[-1] > 0 and far.slot_BSL.shape[1] > 0
             summary = dict(far_bias_H=far.far_bias_H, groups=far.groups)
             if opens:
-                counts = far.group_BML.shape[1], q.shape[1], far.stride
-                summary["bits"] = opened_bits(far.open_BUK, *counts)
-                if far.stride * q.shape[2] > MOST_ROWS:
-                    far = reference.opened_by(far, torch.arange(q.shape[1], device=q.device))
+                summary["bits"] = opened_bits(far.open_BTK, far.group_BML.shape[1])
         return cls(_dense(q), _dense(latent, q.dtype), far, near, summary, opens)
 
     @property
@@ -112,24 +106,7 @@ class _Plan:
     def opened(self) -> tuple:
         far = self.far
         assert far is not None
-        return self.runs(self.q), far.slot_BSL, far.offset_BM, far.size_BM, far.open_BUK
-
-    def runs(self, x_BTHX: Tensor) -> Tensor:
-        """(B, U, stride H, ...): what tokens that share a selection hold, as if they were heads of one token.
-
-        An unfinished last run is filled with zeros, and whatever its missing tokens read is cut off again.
-        """
-        assert self.far is not None
-        stride, length = self.far.stride, x_BTHX.shape[1]
-        if length % stride:
-            x_BTHX = pad(x_BTHX, (0, 0) * (x_BTHX.ndim - 2) + (0, -length % stride))
-        batch, length, heads, *rest = x_BTHX.shape
-        return x_BTHX.reshape(batch, length // stride, stride * heads, *rest)
-
-    def tokens(self, x_BUHX: Tensor) -> Tensor:
-        """What `runs` put together, apart again: (B, T, H, ...)."""
-        batch, length, heads = self.q.shape[:3]
-        return x_BUHX.reshape(batch, -1, heads, *x_BUHX.shape[3:])[:, :length].contiguous()
+        return self.q, far.slot_BSL, far.offset_BM, far.size_BM, far.open_BTK
 
 
 def attend(
@@ -150,7 +127,7 @@ def attend(
     plan = _Plan.of(q_BTHL, latent_BTL, content, window, band, alpha_H, sink_H, far)
     opened = None
     if plan.opens:
-        out, opened_lse = (plan.tokens(x) for x in opened_forward(*plan.opened, **plan.room))
+        out, opened_lse = opened_forward(*plan.opened, **plan.room)
         opened = out, opened_lse if plan.shift is None else opened_lse + plan.shift
     return flash_forward(
         plan.q, plan.latent, **plan.near, **plan.groups, sink_H=_dense(sink_H), opened=opened
@@ -185,13 +162,14 @@ def attend_backward(
     if plan.opens:
         with beside(grad.device) as mark:
             own_lse = lse if plan.shift is None else lse - plan.shift  # p = exp(s + shift - lse)
-            dq_runs, grads["slot"] = opened_backward(
-                *(plan.runs(x) for x in (grad, own_lse, delta)),
+            dq_opened, grads["slot"] = opened_backward(
+                grad,
+                own_lse,
+                delta,
                 *plan.opened,
                 **plan.room,
                 queries_done=lambda: ready.append(mark()),
             )
-            dq_opened = plan.tokens(dq_runs)
             ready.append(mark())
     if plan.far is not None:
         options = dict(content=content, mode=FAR.value, unit=window, log_size_BN=plan.far.log_size_BM)

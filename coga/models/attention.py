@@ -187,18 +187,16 @@ class CoGAAttention(nn.Module):
         )
 
     def _far(self, q, mean_q, latent, group, log_sizes, grouping: Grouping, context: CallContext) -> Far:
-        """The groups that some token may read, with the selection of each run of tokens."""
-        layer, read, stride = self.layer, group.shape[1], self.config.selection_stride
+        """The groups that some token may read, with the selection of each token."""
+        layer, read = self.layer, group.shape[1]
         opened = slot = None
         if layer.open_groups > 0:
-            chooser = q.mean(2) if mean_q is None else mean_q
-            # The stride divides the window: in units of runs, the first tokens stand where tokens would.
             opened = dispatch.select(
-                chooser[:, ::stride].contiguous(),
+                q.mean(2) if mean_q is None else mean_q,
                 group,
                 log_sizes,
                 count=layer.open_groups,
-                window=layer.window // stride,
+                window=layer.window,
                 groups=layer.groups,
                 backend=context.backend,
             )
@@ -211,9 +209,8 @@ class CoGAAttention(nn.Module):
             slot_BSL=slot,
             offset_BM=grouping.offset_BM[:, :read].contiguous(),
             size_BM=grouping.size_BM[:, :read].contiguous(),
-            open_BUK=opened,
+            open_BTK=opened,
             groups=layer.groups,
             slots=layer.slots,
             open_shift=None if opened is None else shift,
-            stride=stride,
         )

@@ -139,7 +139,7 @@ class _Piece:
         if config.kind == "group":
             self._close_windows(module, x, key, layer)
             far = self._far(module, q, layer)
-            members = gather_members(far, far.open_BUK) if far and far.open_BUK is not None else None
+            members = gather_members(far, far.open_BTK) if far and far.open_BTK is not None else None
         if (
             key_query is not None
         ):  # the ring may reach further back than the keys do, never less than the band
@@ -164,8 +164,6 @@ class _Piece:
             _push(queries, q[..., :content], length, self.count_B)
         if config.kind != "full":
             _push(layer["latent"], latent, length, self.count_B)
-        if "chooser" in layer.tensors:
-            _push(layer["chooser"], q.mean(2), length, self.count_B)
         if "hidden" in layer.tensors:
             _push(layer["hidden"], x, length, self.count_B)
         return projections.output(mixed.to(q.dtype), x)
@@ -238,15 +236,6 @@ class _Piece:
         if previous is not None:
             previous[row] = query.to(previous.dtype)
 
-    def _chooser(self, q: Tensor, layer: LayerState) -> Tensor:
-        """Mean query of the token that chooses for each token: the first of its run (B, t, L)."""
-        mean, stride = q.mean(2), self.state.config.selection_stride
-        if stride == 1:
-            return mean
-        known = torch.cat([_recent(layer["chooser"], self.state.length_B).to(mean.dtype), mean], 1)
-        first = self.position_Bt // stride * stride
-        return _take(known, first - (self.state.length_B[:, None] - stride))
-
     def _far(self, module: CoGAAttention, q: Tensor, layer: LayerState) -> Far | None:
         config = layer.layer
         longest = max(n + c for n, c in zip(self.state.lengths, self.counts, strict=True))
@@ -261,7 +250,7 @@ class _Piece:
         opened = None
         if config.open_groups > 0:
             opened = select(
-                self._chooser(q, layer),
+                q.mean(2),
                 self.position_Bt,
                 group,
                 sizes,
@@ -278,7 +267,7 @@ class _Piece:
             slot_BSL=None if opened is None else layer["slot"].to(q.dtype),
             offset_BM=size.cumsum(-1) - size,
             size_BM=size,
-            open_BUK=opened,
+            open_BTK=opened,
             groups=config.groups,
             slots=config.slots,
             open_shift=None if opened is None else shift,

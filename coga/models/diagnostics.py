@@ -91,7 +91,7 @@ def token_mass(parts: Parts, key_position: Tensor, length: int, far: Far | None,
     if parts.far_BtHm is not None:
         out = out + spread_group_mass(parts.far_BtHm, order_BS, far.offset_BM, far.size_BM, length)
     if parts.opened_BtHk is not None:
-        assert far.open_BUK is not None
+        assert far.open_BTK is not None
         position, mask = _member_positions(far, order_BS)
         mass = parts.opened_BtHk.masked_fill(~mask[:, :, None], 0)
         out.scatter_add_(-1, position[:, :, None].expand_as(mass), mass)
@@ -100,9 +100,9 @@ def token_mass(parts: Parts, key_position: Tensor, length: int, far: Far | None,
 
 def _member_positions(far: Far, order_BS: Tensor) -> tuple[Tensor, Tensor]:
     """Token position of every opened member (B, t, K*S), and where there is one."""
-    assert far.open_BUK is not None
+    assert far.open_BTK is not None
     ids = replace(far, slot_BSL=order_BS[..., None])  # the gather of latents, applied to their positions
-    position, mask = gather_members(ids, far.open_BUK)
+    position, mask = gather_members(ids, far.open_BTK)
     return position[..., 0], mask
 
 

@@ -4,9 +4,8 @@
     full    latents of all tokens, content queries inside the band
     group   near, and: latents and sizes of closed groups; if groups refine, their refined latents and hidden
             states of the open window, and content queries of the last window's groups (if they are
-            reciprocal); with K > 0 the latents of all tokens of closed windows in slot order, and where
-            several tokens share a selection the mean queries of the last ones. With K > 0 and refinement
-            the raw latents are left out: they are the means of their members, which are there
+            reciprocal); with K > 0 the latents of all tokens of closed windows in slot order. With K > 0 and
+            refinement the raw latents are left out: they are the means of their members, which are there
     mha     keys and values of all tokens
 
 Legend: B rows, L = C + P latent width, W window, G groups in a window, M groups, S slots (closed tokens).
@@ -62,8 +61,6 @@ def _shapes(config: CoGAConfig, layer: LayerConfig, batch: int, length: int) -> 
     shapes["size"] = (batch, windows * layer.groups)
     if layer.open_groups > 0:
         shapes["slot"] = (batch, windows * layer.window, width)
-        if config.selection_stride > 1:
-            shapes["chooser"] = (batch, config.selection_stride, width)
     if config.refine_groups:
         shapes["refined"] = latents
         shapes["hidden"] = (batch, layer.window, config.d_model)
@@ -140,8 +137,8 @@ def state_bytes_formula(config: CoGAConfig, length: int, batch: int = 1, element
     """Bytes a layer that a state for `length` tokens holds; sizes are int32, everything else `element_size`.
 
     For a group layer with L = C + P, per row:
-    2W L + band H C + (T/R) L + [W D + G H C if refining, and (T/R) L once more if K = 0] + T L (if K > 0)
-    + selection_stride L (if that is above 1 and K > 0), plus T/R sizes.
+    2W L + band H C + (T/R) L + [W D + G H C if refining, and (T/R) L once more if K = 0] + T L (if K > 0),
+    plus T/R sizes.
     """
     found = []
     for i in range(config.n_layer):

@@ -159,6 +159,7 @@ def test_flops_of_a_case_counted_by_hand():
     config = CoGAConfig(
         vocab_size=10, n_layer=1, n_head=2, d_model=4, mlp_ratio=2.0, layers="2", latent_dim=3, rope_dim=2,
         window=4, band=3, open_groups=1, refine_steps=1, grouping="gumbel",
+        refine_groups=True, reciprocal_groups=True,
     )  # fmt: skip
     query, latent, up, out_and_gate = 2 * 4 * 2 * 5, 2 * 4 * 5, 2 * 4 * 3, 2 * 2 * 16
     mlp, head = 2 * 2 * 4 * 8, 2 * 4 * 10

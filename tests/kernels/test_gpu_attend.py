@@ -37,7 +37,6 @@ def scene(
     capacity=1.0,
     sink=True,
     shift=None,
-    stride=1,
     dtype=torch.bfloat16,
     seed=0,
 ):
@@ -84,8 +83,6 @@ def scene(
             best, ids = score.topk(min(count, total), -1)
             ids = torch.where(best < 0, total, ids).sort(-1).values
             fixed["open"] = torch.where(ids == total, -1, ids).cuda()
-            fixed["runs"], fixed["stride"] = fixed["open"][:, ::stride].contiguous(), stride
-            fixed["open"] = fixed["runs"].repeat_interleave(stride, 1)[:, :length]
             fixed["shift"] = None if shift is None else torch.tensor(shift, device="cuda")
     options = dict(content=content, window=window, band=band)
     return {name: value.detach().requires_grad_() for name, value in x.items()}, fixed, options
@@ -101,8 +98,7 @@ def far_of(x: dict, fixed: dict) -> Far | None:
         offset_BM=fixed["offset"],
         size_BM=fixed["size"],
         slot_BSL=x.get("slot"),
-        open_BUK=fixed.get("runs"),
-        stride=fixed.get("stride", 1),
+        open_BTK=fixed.get("open"),
         groups=fixed["groups"],
         slots=fixed["slots"],
         open_shift=fixed.get("shift"),
@@ -204,9 +200,6 @@ SHAPES = {
     "window-1024-all-opened": dict(length=3077, heads=1, window=1024, size=64, count=1000),
     "nothing-opened": dict(length=1025, heads=3, count=0, band=0, sink=False),
     "opened-shifted": dict(length=1025, heads=3, size=16, shift=-2.5),
-    "shared": dict(length=1026, heads=12, size=64, count=3, stride=2),  # 24 rows a tile
-    "shared-odd": dict(length=1025, heads=3, size=16, count=4, stride=4, capacity=1.5, batch=2),
-    "shared-by-many": dict(length=517, heads=16, content=128, stride=8),  # more rows than a tile takes
     "full": dict(length=1025, heads=3, window=None, band=64),
     "band-is-window": dict(length=700, heads=3, band=128, content=32, rotary=64, size=8),
 }

@@ -51,7 +51,7 @@ def make_far(
         slot_BSL=dispatch.permute(latent[:, :end], grouping.order_BS) if opened else None,
         offset_BM=grouping.offset_BM[:, :read],
         size_BM=size,
-        open_BUK=open_groups,
+        open_BTK=open_groups,
         groups=groups,
         slots=int(size.max()),
         open_shift=torch.tensor(shift, dtype=F64) if shift else None,
@@ -74,7 +74,7 @@ def double_loop(q, latent, *, content, window, band, alpha, sink, far=None):
                     score.append(s)
                     value.append(latent[b, j, :content])
                 if far is not None:
-                    opened = [] if far.open_BUK is None else far.open_BUK[b, i].tolist()
+                    opened = [] if far.open_BTK is None else far.open_BTK[b, i].tolist()
                     for m in range(max(0, i // window - 1) * far.groups):
                         size, start = int(far.size_BM[b, m]), int(far.offset_BM[b, m])
                         if m in opened:

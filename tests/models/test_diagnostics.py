@@ -96,7 +96,7 @@ def grouped_and_dense(equal_members: bool, opened: int | None):
         slot_BSL=closed.gather(1, groups.order_BS[..., None].expand_as(closed)),
         offset_BM=groups.offset_BM,
         size_BM=groups.size_BM,
-        open_BUK=None,
+        open_BTK=None,
         groups=count,
         slots=window,
     )
@@ -104,8 +104,8 @@ def grouped_and_dense(equal_members: bool, opened: int | None):
     if opened is not None:
         ids = torch.arange(visible).roll(2)[:opened].sort().values
         ids = torch.cat([ids, ids.new_full((1,), -1)])
-        far = Far(**{**vars(far), "open_BUK": ids.expand(2, len(position), -1)})
-        members = gather_members(far, far.open_BUK)
+        far = Far(**{**vars(far), "open_BTK": ids.expand(2, len(position), -1)})
+        members = gather_members(far, far.open_BTK)
     q = torch.randn(2, len(position), heads, content + rotary, dtype=F64, generator=g)
     sink = torch.tensor([0.3, -1.0], dtype=F64)
     low = 2 * window  # window 3 reads windows 2 and 3 exactly

@@ -52,7 +52,6 @@ CHANGED: dict[str, tuple[object, dict]] = {
     "output_gate": (False, {}),
     "grouping": ("kmeans", {}),
     "open_groups": (1, {}),
-    "selection_stride": (4, {}),
     "capacity_factor": (1.5, {}),
     "refine_steps": (1, {}),
     "refine_gradient": ("all", {}),
@@ -138,7 +137,6 @@ GRADIENTS = pairwise(
         capacity_factor=(1.0, 1.5),
         entropy_weight=(0.0, 0.1),
         far_warmup=(0, 3),
-        selection_stride=(1, 4),
         checkpointing=(False, True),
     )
 )

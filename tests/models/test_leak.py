@@ -38,7 +38,6 @@ CASES = pairwise(
         refine_groups=(True, False),
         hysteresis=(0.0, 0.5),
         far_warmup=(0, 3),
-        selection_stride=(1, 2, 8),
     )
 )
 

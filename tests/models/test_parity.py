@@ -38,7 +38,6 @@ CASES = pairwise(
         max_len=(None, 64),
         sink=(True, False),
         far_warmup=(0, 3),
-        selection_stride=(1, 2, 8),
     )
 )
 

@@ -49,8 +49,6 @@ def test_the_formula_written_out():
     want = [near * 8, (50 * latent + band) * 8, 50 * 2 * 15 * 8, group * 8 + sizes]
     assert state_bytes_formula(config, 50, element_size=8) == want
     assert mha_bytes(config, 50, element_size=8) == want[2]
-    shared = config.replace(selection_stride=4)
-    assert state_bytes_formula(shared, 50, element_size=8)[3] == want[3] + 4 * latent * 8
 
 
 GPT2 = dict(latent_dim=128, rope_dim=32, backend="reference")

@@ -27,7 +27,6 @@ def case(
     sink=True,
     empty=False,
     shift=None,
-    stride=1,
     seed=0,
 ):
     """Latents, groups of random members and random opened groups of a sequence of closed windows."""
@@ -65,8 +64,7 @@ def case(
             offset_BM=offset,
             size_BM=size,
             slot_BSL=slot if count else None,
-            open_BUK=ids[:, ::stride].contiguous() if count else None,
-            stride=stride,
+            open_BTK=ids if count else None,
             groups=groups,
             slots=window,
             open_shift=None if shift is None else torch.tensor(shift),
@@ -90,9 +88,6 @@ CASES = {
     "many-groups": dict(window=8, groups=4, length=100, heads=1, count=3),
     "empty-groups": dict(empty=True, length=41),
     "shifted": dict(shift=-1.5, length=41),
-    "shared": dict(stride=2, length=42, batch=2, shift=-0.5),
-    "shared-unfinished-run": dict(stride=4, length=75, heads=3, batch=2),
-    "shared-by-more-than-fit": dict(stride=4, length=41, heads=20, content=16),
     "window-below-tile-band-whole": dict(window=16, band=16, length=75, groups=2),
     "three-heads-tile-of-tokens": dict(window=64, band=9, length=150, groups=4, heads=3),
 }
@@ -192,14 +187,12 @@ def test_rows_with_nothing_to_read():
 
 def test_opened_bits():
     ids = torch.tensor([[[0, 31, 32], [5, 130, -1], [-1, -1, -1]]])
-    bits = opened_bits(ids, 140, 3)
+    bits = opened_bits(ids, 140)
     assert bits.shape[1] % 4 == 0
     group = torch.arange(140)
     found = (bits[0, group // 32] >> (group % 32)[:, None]) & 1
     for token in range(3):
         assert found[:, token].nonzero().flatten().tolist() == [m for m in ids[0, token].tolist() if m >= 0]
-    shared = opened_bits(ids, 140, 8, stride=3)
-    assert (shared == bits[..., torch.arange(8) // 3]).all()
 
 
 @pytest.mark.parametrize("mode", ["near", "far"])
@@ -215,7 +208,7 @@ def test_parts_change_nothing_but_rounding(mode):
         rest = dict(
             mode=3, unit=16, log_size_BN=far.log_size_BM, far_bias_H=far.far_bias_H, groups=far.groups
         )
-        rest["bits"] = opened_bits(far.open_BUK, key.shape[1], far.open_BUK.shape[1])
+        rest["bits"] = opened_bits(far.open_BTK, key.shape[1])
     whole = keys_gradient(*inputs, key, content=16, parts=1, **rest)
     for parts in (2, 3, 5):
         cut = keys_gradient(*inputs, key, content=16, parts=parts, **rest)

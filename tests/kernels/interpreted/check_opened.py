@@ -44,7 +44,7 @@ def expected(q, slot, offset, size, open_BTK, content, slots):
         offset_BM=offset,
         size_BM=size,
         slot_BSL=slot,
-        open_BUK=open_BTK,
+        open_BTK=open_BTK,
         groups=1,
         slots=slots,
     )
