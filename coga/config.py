@@ -14,6 +14,7 @@ NAMED_LAYERS = ("near", "full", "mha")
 GROUPINGS = ("gumbel", "contiguous", "kmeans", "random")
 BACKENDS = ("auto", "reference", "triton")
 MLPS = ("relu2", "swiglu")
+SELECTIONS = ("summary", "members")
 LARGEST_SCORE = 1e4
 
 
@@ -74,6 +75,7 @@ class CoGAConfig:
     Groups
         grouping       "gumbel", "contiguous", "kmeans" or "random"; one or one per layer
         open_groups    K, groups a token reads member by member; one, one per layer, or None for 512/R
+        selection      what a group is opened for: its "summary", or the best of its "members"
         capacity_factor  a group holds at most ceil(capacity_factor * R) tokens; one or one per layer
         refine_steps   soft k-means steps that start from the prototypes; beta: scale of their cosine logits
         refine_gradient "last" (straight through the earlier steps) or "all"
@@ -122,6 +124,7 @@ class CoGAConfig:
 
     grouping: str | tuple[str, ...] = "gumbel"
     open_groups: int | tuple[int, ...] | None = None
+    selection: str = "summary"
     capacity_factor: float | tuple[float, ...] = 1.0
     refine_steps: int = 4
     refine_gradient: str = "last"
@@ -158,6 +161,7 @@ class CoGAConfig:
         for name, choices in (
             ("mlp", MLPS),
             ("backend", BACKENDS),
+            ("selection", SELECTIONS),
             ("refine_gradient", ("last", "all")),
         ):
             if getattr(self, name) not in choices:

@@ -74,7 +74,8 @@ def _layer(config: CoGAConfig, layer: LayerConfig, length: int) -> dict[str, flo
     visible = np.maximum(0, window - 1) * groups
     keys += float((np.minimum(opened, visible) * layer.group_size + np.maximum(0, visible - opened)).mean())
     found["reads"] = _exact(config, layer, keys, length)
-    found["choices"] += 2 * latent * float(visible.mean()) if opened else 0
+    scored = layer.group_size if config.selection == "members" else 1  # vectors of a group
+    found["choices"] += 2 * latent * scored * float(visible.mean()) if opened else 0
     if refines:
         a_token = windows * groups / length  # groups a token
         found["matrices"] += a_token * (query + 2 * width * content + 2 * width * latent)

@@ -44,7 +44,8 @@ FIXED = dict(
     refine_groups=True, reciprocal_groups=True,
 )  # fmt: skip
 LETTERS = {"C": "latent_dim", "P": "rope_dim", "W": "window", "R": "layers", "K": "open_groups",
-           "refine": "refine_groups", "steps": "refine_steps", "cap": "capacity_factor"}  # fmt: skip
+           "refine": "refine_groups", "steps": "refine_steps", "members": "selection",
+           "cap": "capacity_factor"}  # fmt: skip
 
 
 def setting_of(name: str) -> dict:
@@ -63,6 +64,8 @@ def setting_of(name: str) -> dict:
             changes[field] = str(number)
         elif field == "refine_groups":
             changes[field] = {0: False, 1: True}.get(number, number)  # others are refused with their rule
+        elif field == "selection":
+            changes[field] = {0: "summary", 1: "members"}.get(number, str(number))
         else:
             changes[field] = number
     setting = FIXED | changes

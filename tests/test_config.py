@@ -33,6 +33,7 @@ BAD = [
     ("max_len", 0, "at least 1"),
     ("latent_dim", 0, "at least 1"),
     ("open_groups", -1, "at least 0"),
+    ("selection", "best", "one of summary, members"),
     ("capacity_factor", 0.9, "at least 1"),
     ("capacity_factor", float("inf"), "finite"),
     ("capacity_factor", float("nan"), "finite"),

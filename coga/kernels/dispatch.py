@@ -409,6 +409,50 @@ def select(
     return _select(*tensors, count, window, groups, step, backend)
 
 
+@torch.library.custom_op("coga::select_members", mutates_args=())
+def _select_members(
+    index_q: Tensor,
+    slot: Tensor,
+    offset: Tensor,
+    size: Tensor,
+    count: int,
+    window: int,
+    groups: int,
+    slots: int,
+    step: float,
+    backend: str,
+) -> Tensor:
+    position = torch.arange(index_q.shape[1], device=index_q.device)
+    options = dict(count=count, window=window, groups=groups, slots=slots, step=step)
+    body = _bodies(backend, index_q.device).select_members
+    return body(index_q, position, slot, offset, size, **options).contiguous()
+
+
+@_select_members.register_fake
+def _(index_q, slot, offset, size, count, *rest):
+    keep = min(count, offset.shape[1])
+    return index_q.new_empty(*index_q.shape[:2], keep, dtype=torch.int64)
+
+
+def select_members(
+    index_q_BTL: Tensor,
+    slot_BSL: Tensor,
+    offset_BM: Tensor,
+    size_BM: Tensor,
+    *,
+    count: int,
+    window: int,
+    groups: int,
+    slots: int,
+    backend: str = "auto",
+) -> Tensor:
+    """`reference.select_members` for a whole sequence from position 0; no gradient."""
+    step = reference.rounding_step(index_q_BTL.dtype)
+    slot = slot_BSL.detach().to(index_q_BTL.dtype)
+    numbers = count, window, groups, slots, step
+    return _select_members(index_q_BTL.detach(), slot, offset_BM, size_BM, *numbers, backend)
+
+
 # --------------------------------------------------------------------------------------------- assign
 
 

@@ -40,6 +40,7 @@ __all__ = [
     "group_attend_backward",
     "rounding_step",
     "select",
+    "select_members",
     "visible_groups",
 ]
 
@@ -464,25 +465,66 @@ def select(
     score[t, m] = index_q_t . g_m + log|g_m|, rounded to `step`; ties go to the lower group. Every token
     selects for itself, among the groups of windows <= w-2. No gradient.
     """
-    total = group_BML.shape[1]
-    keep = min(count, total)
-    group = torch.arange(total, device=group_BML.device)
     q, g, log_size = (wide(x.detach()) for x in (index_q_BtL, group_BML, log_size_BM))
     position = position.expand(q.shape[0], -1) if position.ndim == 1 else position
     picked = []
     for start in range(0, q.shape[1], 4 * CHUNK):
         rows = slice(start, start + 4 * CHUNK)
         score = q[:, rows] @ g.transpose(1, 2) + log_size[:, None].to(q.dtype)
-        absent = (group >= visible_groups(position[:, rows], window, groups)[..., None]) | (
-            log_size[:, None].isinf()
-        )
-        # One integer key orders by rounded score first, then by lower group.
-        rounded = (score.masked_fill(absent, 0) / step).round().to(torch.int64)
-        key = torch.where(absent, torch.iinfo(torch.int64).min, rounded * total + (total - 1 - group))
-        best, index = key.topk(keep, dim=-1)
-        index = torch.where(best == torch.iinfo(torch.int64).min, total, index)
-        index = index.sort(-1).values
-        picked.append(torch.where(index == total, -1, index))
+        visible = visible_groups(position[:, rows], window, groups)
+        picked.append(_best_groups(score, visible, count, step))
+    return torch.cat(picked, 1)
+
+
+def _best_groups(score_BtM: Tensor, visible_Bt: Tensor, count: int, step: float) -> Tensor:
+    """The best `count` of the first `visible` groups, ascending, -1 last; a score of -inf: never."""
+    total = score_BtM.shape[-1]
+    group = torch.arange(total, device=score_BtM.device)
+    absent = (group >= visible_Bt[..., None]) | score_BtM.isinf()
+    # One integer key orders by rounded score first, then by lower group.
+    rounded = (score_BtM.masked_fill(absent, 0) / step).round().to(torch.int64)
+    key = torch.where(absent, torch.iinfo(torch.int64).min, rounded * total + (total - 1 - group))
+    best, index = key.topk(min(count, total), dim=-1)
+    index = torch.where(best == torch.iinfo(torch.int64).min, total, index).sort(-1).values
+    return torch.where(index == total, -1, index)
+
+
+def select_members(
+    index_q_BtL: Tensor,
+    position: Tensor,
+    slot_BSL: Tensor,
+    offset_BM: Tensor,
+    size_BM: Tensor,
+    *,
+    count: int,
+    window: int,
+    groups: int,
+    slots: int,
+    step: float,
+) -> Tensor:
+    """`select` by the best member of each group: score[t, m] = max over its members j of index_q_t . k_j.
+
+    A mean hides the one member that a token looks for. Cost: B t S L multiply-adds, one head of dense
+    attention's scores; no gradient. `slots` (the most members of a group) is for the kernel.
+    """
+    q, slot = wide(index_q_BtL.detach()), wide(slot_BSL.detach())
+    batch, total = offset_BM.shape
+    position = position.expand(batch, -1) if position.ndim == 1 else position
+    place = torch.arange(slot.shape[1], device=slot.device).expand(batch, -1).contiguous()
+    # Members lie in slots one group after the other: a slot's group is the first that ends beyond it.
+    owner = torch.searchsorted((offset_BM + size_BM).contiguous(), place, right=True)
+    picked = []
+    for start in range(0, q.shape[1], CHUNK):
+        rows = slice(start, start + CHUNK)
+        visible = visible_groups(position[:, rows], window, groups)
+        end = slot.shape[1]
+        if visible.device.type == "cpu":  # elsewhere the host would wait
+            end = min(end, int(visible.max()) // groups * window)
+        member = q[:, rows] @ slot[:, :end].transpose(1, 2)
+        score = member.new_full((*member.shape[:2], total + 1), -torch.inf)
+        index = owner[:, None, :end].expand_as(member)
+        score = score.scatter_reduce(2, index, member, "amax")[..., :total]
+        picked.append(_best_groups(score, visible, count, step))
     return torch.cat(picked, 1)
 
 

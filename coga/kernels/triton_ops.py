@@ -26,9 +26,18 @@ from coga.kernels.triton_flash import CAUSAL, FAR, GROUPED, WINDOWED, flash_forw
 from coga.kernels.triton_flash_backward import delta_rows, keys_gradient, queries_gradient
 from coga.kernels.triton_opened import opened_backward, opened_forward
 from coga.kernels.triton_select import select
+from coga.kernels.triton_select_members import select_members
 from coga.types import Far
 
-__all__ = ["assign", "attend", "attend_backward", "group_attend", "group_attend_backward", "select"]
+__all__ = [
+    "assign",
+    "attend",
+    "attend_backward",
+    "group_attend",
+    "group_attend_backward",
+    "select",
+    "select_members",
+]
 
 # Widest content by dtype. Without tensor cores ptxas spills kilobytes a thread on wider float32 tiles, and
 # takes minutes to compile them.

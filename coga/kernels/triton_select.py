@@ -42,6 +42,67 @@ def rint(x):
 
 
 @triton.jit
+def no_choice(BT: tl.constexpr, KEEP: tl.constexpr, KP: tl.constexpr, WIDE: tl.constexpr):
+    """Keys (BT, KP) of BT tokens that have chosen nothing yet; `none` is below every key.
+
+    Distinct placeholders below every key, so that a swap replaces exactly one entry; the columns beyond KEEP
+    are above every key and never replaced.
+    """
+    slot = tl.arange(0, KP)
+    if WIDE:
+        none = -(2**62)
+        slot = slot.to(tl.int64)
+    else:
+        none = -(2**31)
+    start = tl.where(slot < KEEP, none + 1 + slot, -(none + 1))
+    return tl.broadcast_to(start[None, :], [BT, KP])
+
+
+@triton.jit
+def keep_best(best, score, seen, m, scale, SPAN: tl.constexpr, WIDE: tl.constexpr):
+    """The best keys so far, after the groups m, where seen, with these scores (BT, BM)."""
+    if WIDE:
+        none = -(2**62)
+        limit: tl.constexpr = 2**62 // SPAN - 1
+    else:
+        none = -(2**31)
+        limit: tl.constexpr = 2**30 // SPAN - 1
+    score = tl.minimum(tl.maximum(rint(score * scale), -limit), limit)
+    if WIDE:
+        key = score.to(tl.int64) * SPAN + (SPAN - 1 - m)[None, :]
+    else:
+        key = score.to(tl.int32) * SPAN + (SPAN - 1 - m)[None, :]
+    key = tl.where(seen, key, none)
+    top = tl.max(key, 1)
+    lowest = tl.min(best, 1)
+    while tl.max((top > lowest).to(tl.int32), 0) > 0:
+        out = (best == lowest[:, None]) & (top > lowest)[:, None]
+        best = tl.where(out, top[:, None], best)
+        key = tl.where(key == top[:, None], none, key)
+        lowest = tl.min(best, 1)
+        top = tl.max(key, 1)
+    return best
+
+
+@triton.jit
+def write_choice(
+    out_ptr, best, row, live, KEEP: tl.constexpr, KP: tl.constexpr, SPAN: tl.constexpr, WIDE: tl.constexpr
+):
+    """Chosen groups of each row, ascending, -1 last."""
+    if WIDE:
+        none = -(2**62)
+    else:
+        none = -(2**31)
+    slot = tl.arange(0, KP)
+    found = (best > none + KP) & (slot < KEEP)[None, :]
+    index = tl.where(found, SPAN - 1 - (best & (SPAN - 1)).to(tl.int32), SPAN)
+    index = tl.sort(index, 1)
+    index = tl.where(index == SPAN, -1, index).to(tl.int64)
+    target = out_ptr + row[:, None] * KEEP + slot[None, :]
+    tl.store(target, index, mask=live[:, None] & (slot < KEEP)[None, :])
+
+
+@triton.jit
 def _select_kernel(
     q_ptr,
     group_ptr,
@@ -75,20 +136,7 @@ def _select_kernel(
         q_b = tl.load(row + b[None, :], mask=real & (b < L)[None, :], other=0.0)
     visible = tl.minimum(tl.maximum(t // window - 1, 0) * groups, total)
     most = tl.max(tl.where(t < length, visible, 0), 0)
-    if WIDE:
-        none = -(2**62)
-        limit: tl.constexpr = 2**62 // SPAN - 1
-    else:
-        none = -(2**31)
-        limit: tl.constexpr = 2**30 // SPAN - 1
-    # Distinct placeholders below every key, so that a swap replaces exactly one entry; the columns beyond
-    # KEEP are above every key and never replaced.
-    slot = tl.arange(0, KP)
-    start = tl.where(slot < KEEP, none + 1 + slot, -(none + 1))
-    if WIDE:
-        start = start.to(tl.int64)
-    best = tl.broadcast_to(start[None, :], [BT, KP])
-    lowest = tl.min(best, 1)
+    best = no_choice(BT, KEEP, KP, WIDE)
     group_ptr += batch * total * L
     log_size_ptr += batch * total
     tiles = tl.cdiv(most, BM)
@@ -103,29 +151,12 @@ def _select_kernel(
             score = tl.dot(q_b, tl.trans(g_b), score, input_precision="ieee")
         log_size = tl.load(log_size_ptr + m, mask=m < total, other=-float("inf"))
         seen = (m[None, :] < visible[:, None]) & (log_size > -float("inf"))[None, :]
-        score = rint((score + tl.where(log_size > -float("inf"), log_size, 0.0)[None, :]) * scale)
-        score = tl.minimum(tl.maximum(score, -limit), limit)
-        if WIDE:
-            key = score.to(tl.int64) * SPAN + (SPAN - 1 - m)[None, :]
-        else:
-            key = score.to(tl.int32) * SPAN + (SPAN - 1 - m)[None, :]
-        key = tl.where(seen, key, none)
-        top = tl.max(key, 1)
-        while tl.max((top > lowest).to(tl.int32), 0) > 0:
-            out = (best == lowest[:, None]) & (top > lowest)[:, None]
-            best = tl.where(out, top[:, None], best)
-            key = tl.where(key == top[:, None], none, key)
-            lowest = tl.min(best, 1)
-            top = tl.max(key, 1)
-    found = (best > none + KP) & (slot < KEEP)[None, :]
-    index = tl.where(found, SPAN - 1 - (best & (SPAN - 1)).to(tl.int32), SPAN)
-    index = tl.sort(index, 1)
-    index = tl.where(index == SPAN, -1, index).to(tl.int64)
-    target = out_ptr + (batch * length + t)[:, None] * KEEP + slot[None, :]
-    tl.store(target, index, mask=real & (slot < KEEP)[None, :])
+        score += tl.where(log_size > -float("inf"), log_size, 0.0)[None, :]
+        best = keep_best(best, score, seen, m, scale, SPAN, WIDE)
+    write_choice(out_ptr, best, batch * length + t, t < length, KEEP, KP, SPAN, WIDE)
 
 
-def _all_visible(length: int, log_size_BM: Tensor, window: int, groups: int) -> Tensor:
+def all_visible(length: int, log_size_BM: Tensor, window: int, groups: int) -> Tensor:
     """K >= M: every group that a token may read, ascending, -1 last."""
     total = log_size_BM.shape[1]
     group = torch.arange(total, device=log_size_BM.device)
@@ -133,6 +164,22 @@ def _all_visible(length: int, log_size_BM: Tensor, window: int, groups: int) -> 
     seen = group < reference.visible_groups(position, window, groups)[:, None]
     index = torch.where(seen & ~log_size_BM.isinf()[:, None], group, total).sort(-1).values
     return torch.where(index == total, -1, index)
+
+
+def shape_options(width: int, total: int, keep: int, dtype: torch.dtype) -> dict:
+    """Compile-time shape of both selections: widths of the two parts of a latent, and of the keys."""
+    power = triton.next_power_of_2(width)
+    first = max(16, power if power == width else power // 2)
+    span = triton.next_power_of_2(total)
+    return dict(
+        L=width,
+        LA=first,
+        LB=0 if width <= first else max(16, triton.next_power_of_2(width - first)),
+        KEEP=keep,
+        KP=triton.next_power_of_2(keep),
+        SPAN=span,
+        WIDE=dtype == torch.float32 or span > 2**16,
+    )
 
 
 def select(
@@ -159,7 +206,7 @@ def select(
     if keep == 0 or length == 0:
         return index_q_BTL.new_zeros(batch, length, keep, dtype=torch.int64)
     if keep == total:
-        return _all_visible(length, log_size_BM, window, groups)
+        return all_visible(length, log_size_BM, window, groups)
     if index_q_BTL.dtype == torch.float64 or keep > LARGEST:
         return reference.select(
             index_q_BTL,
@@ -177,9 +224,6 @@ def select(
     if keep > 64:
         tokens = 16
     out = torch.empty(batch, length, keep, dtype=torch.int64, device=q.device)
-    power = triton.next_power_of_2(width)
-    first = power if power == width else power // 2
-    span = triton.next_power_of_2(total)
     _select_kernel[(batch * triton.cdiv(length, tokens),)](
         q,
         group,
@@ -190,13 +234,7 @@ def select(
         window,
         groups,
         1.0 / step,
-        L=width,
-        LA=max(16, first),
-        LB=0 if width <= max(16, first) else max(16, triton.next_power_of_2(width - first)),
-        KEEP=keep,
-        KP=triton.next_power_of_2(keep),
-        SPAN=span,
-        WIDE=q.dtype == torch.float32 or span > 2**16,
+        **shape_options(width, total, keep, q.dtype),
         BT=tokens,
         BM=tile,
         num_warps=warps,

@@ -191,16 +191,16 @@ class CoGAAttention(nn.Module):
         layer, read = self.layer, group.shape[1]
         opened = slot = None
         if layer.open_groups > 0:
-            opened = dispatch.select(
-                q.mean(2) if mean_q is None else mean_q,
-                group,
-                log_sizes,
-                count=layer.open_groups,
-                window=layer.window,
-                groups=layer.groups,
-                backend=context.backend,
-            )
             slot = dispatch.permute(latent, grouping.order_BS)
+            chooser = q.mean(2) if mean_q is None else mean_q
+            options = dict(count=layer.open_groups, window=layer.window, groups=layer.groups)
+            if self.config.selection == "members":
+                offset, size = grouping.offset_BM[:, :read], grouping.size_BM[:, :read]
+                opened = dispatch.select_members(
+                    chooser, slot, offset, size, **options, slots=layer.slots, backend=context.backend
+                )
+            else:
+                opened = dispatch.select(chooser, group, log_sizes, **options, backend=context.backend)
         bias, shift = self.far_weights(context)
         return Far(
             group_BML=group.contiguous(),

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from coga.grouping import GroupingContext, pool
-from coga.kernels.reference import attend_chunk, gather_members, rounding_step, select, wide
+from coga.kernels.reference import attend_chunk, gather_members, rounding_step, select, select_members, wide
 from coga.models.attention import CoGAAttention, log_size
 from coga.models.context import Alignment, CallContext
 from coga.models.mha import MultiHeadAttention
@@ -247,25 +247,24 @@ class _Piece:
         group = layer["refined" if module.group_level is not None else "raw"][:, :read].to(q.dtype)
         size = layer["size"][:, :read].long()
         sizes = log_size(size, group.dtype)
-        opened = None
+        opened = slot = None
+        offset = size.cumsum(-1) - size
         if config.open_groups > 0:
-            opened = select(
-                q.mean(2),
-                self.position_Bt,
-                group,
-                sizes,
-                count=config.open_groups,
-                window=config.window,
-                groups=config.groups,
-                step=rounding_step(q.dtype),
-            )
+            slot = layer["slot"].to(q.dtype)
+            chooser, at, step = q.mean(2), self.position_Bt, rounding_step(q.dtype)
+            options = dict(count=config.open_groups, window=config.window, groups=config.groups)
+            if self.state.config.selection == "members":
+                options["slots"] = config.slots
+                opened = select_members(chooser, at, slot, offset, size, **options, step=step)
+            else:
+                opened = select(chooser, at, group, sizes, **options, step=step)
         bias, shift = module.far_weights(self.context)
         return Far(
             group_BML=group,
             log_size_BM=sizes,
             far_bias_H=bias,
-            slot_BSL=None if opened is None else layer["slot"].to(q.dtype),
-            offset_BM=size.cumsum(-1) - size,
+            slot_BSL=slot,
+            offset_BM=offset,
             size_BM=size,
             open_BTK=opened,
             groups=config.groups,

@@ -163,6 +163,9 @@ def test_opcheck_select_and_assign():
     step = reference.rounding_step(F64)
     args = (q.mean(2), far.group_BML, far.log_size_BM, 2, W, G, step, "reference")
     opcheck(torch.ops.coga.select.default, args)
+    q, _, far = far_inputs(1)
+    args = (q.mean(2), far.slot_BSL, far.offset_BM, far.size_BM, 2, W, G, 4, step, "reference")
+    opcheck(torch.ops.coga.select_members.default, args)
     opcheck(torch.ops.coga.assign.default, (normal(3, W, G), 2, step, "reference"))
 
 

@@ -57,7 +57,8 @@ def quiet():
 @pytest.mark.parametrize("layers", one_worker_each("near 8 16", "8 full 64", "mha 16 near"))
 def test_no_leak(layers, grouping, train):
     """A changed suffix leaves earlier logits as they are, to the bit; and no gradient comes from later on."""
-    model = gpu_model(train, layers=layers, grouping=grouping)
+    selection = "summary" if grouping in ("kmeans", "random") else "members"
+    model = gpu_model(train, layers=layers, grouping=grouping, selection=selection)
     row = real_bytes(1, LENGTH).cuda()
     for cut in (1, W - 1, W, 2 * W + 1, 3 * W, 4 * W + 5, LENGTH - 1):
         other = row.clone()
@@ -87,10 +88,11 @@ def test_opening_every_group_equals_full_attention(grouping):
     assert (ours - exact).norm() / exact.norm() < 2e-5
 
 
+@pytest.mark.parametrize("selection", ["summary", "members"])
 @pytest.mark.parametrize("layers", ["near 8 16", "8 full 64"])
-def test_the_kernels_give_the_logits_and_gradients_of_the_reference(layers):
+def test_the_kernels_give_the_logits_and_gradients_of_the_reference(layers, selection):
     """Whole model, choices included: float32 scores are rounded so that both backends choose alike."""
-    ours = gpu_model(layers=layers)
+    ours = gpu_model(layers=layers, selection=selection)
     plain = other_layers(ours, layers, backend="reference").train()
     row = real_bytes(2, LENGTH).cuda()
     found = []

@@ -109,6 +109,39 @@ def test_error_is_at_most_twice_that_of_pytorch(name, dtype):
         assert error(x, right) <= 2 * error(pytorch, right) + FLOOR[dtype], label
 
 
+@pytest.mark.parametrize(
+    ("groups", "capacity", "count"), [(16, 1, 4), (8, 1, 3), (4, 1, 2), (64, 1, 16), (16, 2, 5)]
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16", "fp32"])
+def test_selection_by_members_differs_only_below_the_rounding_step(dtype, groups, capacity, count):
+    from coga.kernels.triton_select_members import select_members
+
+    length, window, width = 3 * 512 + 5 + 2048, 512, 96
+    g = torch.Generator("cuda").manual_seed(count)
+    windows = length // window
+    q = torch.randn(2, length, width, generator=g, device="cuda").to(dtype)
+    slot = torch.randn(2, windows * window, width, generator=g, device="cuda").to(dtype)
+    size = torch.full((2, windows, groups), window // groups, device="cuda")
+    if capacity > 1:
+        size[..., 0] += window // groups // 2
+        size[..., 1] -= window // groups // 2
+    size = size.flatten(1)
+    offset, step = size.cumsum(1) - size, reference.rounding_step(dtype)
+    options = dict(count=count, window=window, groups=groups, slots=int(size.max()), step=step)
+    inputs = (q, torch.arange(length, device="cuda"), slot, offset, size)
+    chosen, wanted = select_members(*inputs, **options), reference.select_members(*inputs, **options)
+    assert torch.equal(chosen >= 0, wanted >= 0)
+    owner = torch.repeat_interleave(torch.arange(windows * groups, device="cuda"), size[0])
+    member = q.double() @ slot.double().transpose(1, 2)
+    score = member.new_full((2, length, windows * groups), -torch.inf)
+    score = score.scatter_reduce(2, owner.expand_as(member), member, "amax")
+    ours, theirs = (
+        score.gather(2, x.clamp_min(0)).masked_fill(x < 0, 0).sort(-1).values for x in (chosen, wanted)
+    )
+    assert (ours - theirs).abs().max() <= step * 1.01
+    assert (chosen != wanted).any(-1).float().mean() < 0.01
+
+
 @pytest.mark.parametrize("count", [1, 5, 16, 64])
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16", "fp32"])
 def test_selection_differs_only_below_the_rounding_step(dtype, count):

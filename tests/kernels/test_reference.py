@@ -214,6 +214,26 @@ def test_permuting_the_groups_of_an_assignment_changes_nothing(opened):
 # -------------------------------------------------------------------------------------- select, round
 
 
+def test_selection_by_members_is_by_the_best_of_them():
+    """Against a loop over tokens, groups and members; unequal groups, an empty one."""
+    torch.manual_seed(0)
+    window, groups, length, width = 6, 3, 27, 5
+    size = torch.tensor([[2, 2, 2, 6, 0, 0, 1, 4, 1, 3, 1, 2], [1, 1, 4, 2, 3, 1, 0, 6, 0, 2, 2, 2]])
+    offset = size.cumsum(1) - size
+    q, slot = torch.randn(2, length, width).double(), torch.randn(2, 24, width).double()
+    found = dispatch.select_members(q, slot, offset, size, count=2, window=window, groups=groups, slots=6)
+    for b in range(2):
+        for t in range(length):
+            visible = max(0, t // window - 1) * groups
+            best = []
+            for m in range(visible):
+                members = slot[b, offset[b, m] : offset[b, m] + size[b, m]]
+                if len(members):
+                    best.append((-float((members @ q[b, t]).max()), m))
+            want = sorted(m for _, m in sorted(best)[:2])
+            assert found[b, t].tolist() == want + [-1] * (2 - len(want))
+
+
 def test_selection_is_the_rounded_best_with_ties_to_the_lower_group():
     q, group = normal(B, T, L), normal(B, 2 * G, L)
     group[:, 5] = group[:, 2]

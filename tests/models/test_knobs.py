@@ -52,6 +52,7 @@ CHANGED: dict[str, tuple[object, dict]] = {
     "output_gate": (False, {}),
     "grouping": ("kmeans", {}),
     "open_groups": (1, {}),
+    "selection": ("members", {}),
     "capacity_factor": (1.5, {}),
     "refine_steps": (1, {}),
     "refine_gradient": ("all", {}),
@@ -137,6 +138,7 @@ GRADIENTS = pairwise(
         capacity_factor=(1.0, 1.5),
         entropy_weight=(0.0, 0.1),
         far_warmup=(0, 3),
+        selection=("summary", "members"),
         checkpointing=(False, True),
     )
 )

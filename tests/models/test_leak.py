@@ -38,6 +38,7 @@ CASES = pairwise(
         refine_groups=(True, False),
         hysteresis=(0.0, 0.5),
         far_warmup=(0, 3),
+        selection=("summary", "members"),
     )
 )
 

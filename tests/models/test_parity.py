@@ -38,6 +38,7 @@ CASES = pairwise(
         max_len=(None, 64),
         sink=(True, False),
         far_warmup=(0, 3),
+        selection=("summary", "members"),
     )
 )
 

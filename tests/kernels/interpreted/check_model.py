@@ -21,6 +21,7 @@ def test_no_leak_and_every_parameter_learns(grouping, changes):
     """No earlier logit changes with a suffix, to the bit, nor has a gradient by a later hidden state."""
     fade = 3 if grouping in ("gumbel", "contiguous") else 0
     own = {"layers": "4 full", "n_layer": 2, "grouping": grouping, "far_warmup": fade, **changes}
+    own["selection"] = "summary" if grouping in ("kmeans", "random") else "members"
     config = small_config(backend="triton", **own)
     model = perturb(CoGAGPT(config)).train()
     window = config.layer(0).window
