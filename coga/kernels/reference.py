@@ -505,7 +505,7 @@ def select_members(
     """`select` by the best member of each group: score[t, m] = max over its members j of index_q_t . k_j.
 
     A mean hides the one member that a token looks for. Cost: B t S L multiply-adds, one head of dense
-    attention's scores; no gradient. `slots` (the most members of a group) is for the kernel.
+    attention's scores; no gradient. `slots`: the most members of a group.
     """
     q, slot = wide(index_q_BtL.detach()), wide(slot_BSL.detach())
     batch, total = offset_BM.shape
@@ -522,8 +522,14 @@ def select_members(
             end = min(end, int(visible.max()) // groups * window)
         member = q[:, rows] @ slot[:, :end].transpose(1, 2)
         score = member.new_full((*member.shape[:2], total + 1), -torch.inf)
-        index = owner[:, None, :end].expand_as(member)
-        score = score.scatter_reduce(2, index, member, "amax")[..., :total]
+        if slots * groups == window:  # every group is full
+            known = min(end // slots, total)
+            whole = rearrange(member[..., : known * slots], "b t (m s) -> b t m s", s=slots)
+            score[..., :known] = whole.amax(-1)
+        else:
+            index = owner[:, None, :end].expand_as(member)
+            score = score.scatter_reduce(2, index, member, "amax")
+        score = score[..., :total]
         picked.append(_best_groups(score, visible, count, step))
     return torch.cat(picked, 1)
 

@@ -41,10 +41,13 @@ def test_settings_are_named_by_what_differs():
     assert bench_attention.setting_of("C128-cap1.5") == fixed | dict(latent_dim=128, capacity_factor=1.5)
     plain = dict(layers="64", open_groups=5, refine_groups=False, refine_steps=2)
     assert bench_attention.setting_of("R64-K5-refine0-steps2") == fixed | plain
+    assert bench_attention.setting_of("K4-members1") == fixed | dict(open_groups=4, selection="members")
     assert bench_attention.setting_of("near") == fixed | dict(layers="near")
 
 
-@pytest.mark.parametrize("name", ["fast", "R64-", "R64-R32", "Q8", "R48", "K-1", "W16", "P3", "refine2", ""])
+@pytest.mark.parametrize(
+    "name", ["fast", "R64-", "R64-R32", "Q8", "R48", "K-1", "W16", "P3", "refine2", "members2", ""]
+)
 def test_settings_that_cannot_be(name, tmp_path, capsys):
     assert bench_attention.main(["--settings", name, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
