@@ -159,7 +159,7 @@ def test_flops_of_a_case_counted_by_hand():
     config = CoGAConfig(
         vocab_size=10, n_layer=1, n_head=2, d_model=4, mlp_ratio=2.0, layers="2", latent_dim=3, rope_dim=2,
         window=4, band=3, open_groups=1, refine_steps=1, grouping="gumbel",
-        refine_groups=True, reciprocal_groups=True,
+        refine_groups=True, reciprocal_groups=True, selection="summary",
     )  # fmt: skip
     query, latent, up, out_and_gate = 2 * 4 * 2 * 5, 2 * 4 * 5, 2 * 4 * 3, 2 * 2 * 16
     mlp, head = 2 * 2 * 4 * 8, 2 * 4 * 10
@@ -196,6 +196,13 @@ def test_matrix_flops_are_those_that_torch_counts(layers, length):
             chosen -= 2 * 12 * reach.mean() if layer.open_groups < reach.max() else 0
     expected = (found["matrices"] + found["grouping"] + chosen) * length
     assert counter.get_total_flops() == pytest.approx(expected)
+
+
+def test_scoring_every_member_costs_the_group_size_times_scoring_summaries():
+    config = CoGAConfig.preset("tiny", **{**SMALL, "n_layer": 1, "layers": "4"})
+    costs = [_flops.flops(config.replace(selection=s), 80)["choices"] for s in ("summary", "members")]
+    visible = np.maximum(0, np.arange(80) // 16 - 1) * 4
+    assert costs[1] - costs[0] == pytest.approx(2 * 12 * (4 - 1) * visible.mean())
 
 
 def test_dense_attention_costs_more_than_groups_and_groups_more_than_the_window():
