@@ -42,7 +42,16 @@ WARM.append([*LONGCTX, "--steps", "2", "--warmup-steps", "1", "--sample", "2"])
 def start(arguments: list[str], log: Path) -> subprocess.Popen:
     env = os.environ | {"PYTHONUNBUFFERED": "1"}
     with log.open("wb") as file:
-        return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=env, stdout=file, stderr=file)
+        return subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env=env,
+            stdout=file,
+            stderr=file,
+            preexec_fn=lambda: signal.signal(
+                signal.SIGINT, signal.SIG_DFL
+            ),  # a job of `nohup ... &` ignores it
+        )
 
 
 def end(process: subprocess.Popen, seconds: float) -> int:
