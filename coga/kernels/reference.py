@@ -19,6 +19,7 @@ M groups, G groups in a window, K opened groups a token, S slots of a group.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -465,28 +466,12 @@ def select(
     score[t, m] = index_q_t . g_m + log|g_m|, rounded to `step`; ties go to the lower group. Every token
     selects for itself, among the groups of windows <= w-2. No gradient.
     """
-    q, g, log_size = (wide(x.detach()) for x in (index_q_BtL, group_BML, log_size_BM))
-    position = position.expand(q.shape[0], -1) if position.ndim == 1 else position
-    picked = []
-    for start in range(0, q.shape[1], 4 * CHUNK):
-        rows = slice(start, start + 4 * CHUNK)
-        score = q[:, rows] @ g.transpose(1, 2) + log_size[:, None].to(q.dtype)
-        visible = visible_groups(position[:, rows], window, groups)
-        picked.append(_best_groups(score, visible, count, step))
-    return torch.cat(picked, 1)
+    g, log_size = wide(group_BML.detach()).transpose(1, 2), log_size_BM[:, None]
 
+    def scores(q_BtL: Tensor, visible_Bt: Tensor) -> Tensor:
+        return q_BtL @ g + log_size.to(q_BtL.dtype)
 
-def _best_groups(score_BtM: Tensor, visible_Bt: Tensor, count: int, step: float) -> Tensor:
-    """The best `count` of the first `visible` groups, ascending, -1 last; a score of -inf: never."""
-    total = score_BtM.shape[-1]
-    group = torch.arange(total, device=score_BtM.device)
-    absent = (group >= visible_Bt[..., None]) | score_BtM.isinf()
-    # One integer key orders by rounded score first, then by lower group.
-    rounded = (score_BtM.masked_fill(absent, 0) / step).round().to(torch.int64)
-    key = torch.where(absent, torch.iinfo(torch.int64).min, rounded * total + (total - 1 - group))
-    best, index = key.topk(min(count, total), dim=-1)
-    index = torch.where(best == torch.iinfo(torch.int64).min, total, index).sort(-1).values
-    return torch.where(index == total, -1, index)
+    return _choose(scores, index_q_BtL, position, 4 * CHUNK, count, window, groups, step)
 
 
 def select_members(
@@ -507,31 +492,66 @@ def select_members(
     A mean hides the one member that a token looks for. Cost: B t S L multiply-adds, one head of dense
     attention's scores; no gradient. `slots`: the most members of a group.
     """
-    q, slot = wide(index_q_BtL.detach()), wide(slot_BSL.detach())
+    slot = wide(slot_BSL.detach())
     batch, total = offset_BM.shape
-    position = position.expand(batch, -1) if position.ndim == 1 else position
-    place = torch.arange(slot.shape[1], device=slot.device).expand(batch, -1).contiguous()
-    # Members lie in slots one group after the other: a slot's group is the first that ends beyond it.
-    owner = torch.searchsorted((offset_BM + size_BM).contiguous(), place, right=True)
-    picked = []
-    for start in range(0, q.shape[1], CHUNK):
-        rows = slice(start, start + CHUNK)
-        visible = visible_groups(position[:, rows], window, groups)
-        end = slot.shape[1]
-        if visible.device.type == "cpu":  # elsewhere the host would wait
-            end = min(end, int(visible.max()) // groups * window)
-        member = q[:, rows] @ slot[:, :end].transpose(1, 2)
+    full = slots * groups == window  # then groups are rows of `slots` slots
+    owner = None
+    if not full:
+        # Members lie in slots one group after the other: a slot's group is the first that ends beyond it.
+        place = torch.arange(slot.shape[1], device=slot.device).expand(batch, -1).contiguous()
+        owner = torch.searchsorted((offset_BM + size_BM).contiguous(), place, right=True)
+
+    def scores(q_BtL: Tensor, visible_Bt: Tensor) -> Tensor:
+        end = min(total * slots, slot.shape[1]) if full else slot.shape[1]
+        if slot.device.type == "cpu":  # elsewhere the host would wait
+            end = min(end, int(visible_Bt.max()) // groups * window)
+        member = q_BtL @ slot[:, :end].transpose(1, 2)
         score = member.new_full((*member.shape[:2], total + 1), -torch.inf)
-        if slots * groups == window:  # every group is full
-            known = min(end // slots, total)
-            whole = rearrange(member[..., : known * slots], "b t (m s) -> b t m s", s=slots)
-            score[..., :known] = whole.amax(-1)
+        if owner is None:
+            score[..., : end // slots] = member.unflatten(-1, (end // slots, slots)).amax(-1)
         else:
             index = owner[:, None, :end].expand_as(member)
-            score = score.scatter_reduce(2, index, member, "amax")
-        score = score[..., :total]
-        picked.append(_best_groups(score, visible, count, step))
+            score.scatter_reduce_(2, index, member, "amax")
+        return score[..., :total]
+
+    return _choose(scores, index_q_BtL, position, CHUNK, count, window, groups, step)
+
+
+def _choose(
+    scores: Callable[[Tensor, Tensor], Tensor],
+    index_q_BtL: Tensor,
+    position: Tensor,
+    rows: int,
+    count: int,
+    window: int,
+    groups: int,
+    step: float,
+) -> Tensor:
+    """The best `count` groups by `scores` (of queries and how many groups they see), some rows at a time.
+
+    Without autocast, which would round the scores of a wide dtype to half precision again.
+    """
+    q = wide(index_q_BtL.detach())
+    visible = visible_groups(position.expand(q.shape[0], -1), window, groups)
+    picked = []
+    with torch.autocast(q.device.type, enabled=False):
+        for start in range(0, q.shape[1], rows):
+            seen = visible[:, start : start + rows]
+            picked.append(_best_groups(scores(q[:, start : start + rows], seen), seen, count, step))
     return torch.cat(picked, 1)
+
+
+def _best_groups(score_BtM: Tensor, visible_Bt: Tensor, count: int, step: float) -> Tensor:
+    """The best `count` of the first `visible` groups, ascending, -1 last; a score of -inf: never."""
+    total = score_BtM.shape[-1]
+    group = torch.arange(total, device=score_BtM.device)
+    absent = (group >= visible_Bt[..., None]) | score_BtM.isinf()
+    # One integer key orders by rounded score first, then by lower group.
+    rounded = (score_BtM.masked_fill(absent, 0) / step).round().to(torch.int64)
+    key = torch.where(absent, torch.iinfo(torch.int64).min, rounded * total + (total - 1 - group))
+    best, index = key.topk(min(count, total), dim=-1)
+    index = torch.where(best == torch.iinfo(torch.int64).min, total, index).sort(-1).values
+    return torch.where(index == total, -1, index)
 
 
 def _group_scores(q, query_window, latent, log_size, key_window, alpha, c, key_query):

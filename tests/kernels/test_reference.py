@@ -234,6 +234,25 @@ def test_selection_by_members_is_by_the_best_of_them():
             assert found[b, t].tolist() == want + [-1] * (2 - len(want))
 
 
+@pytest.mark.parametrize("by", ["summary", "members"])
+def test_autocast_changes_no_selection(by):
+    """Half precision scores would move one token in thirty, and decoding away from the Triton kernels."""
+    torch.manual_seed(0)
+    window, groups, length, width = 32, 4, 256, 24
+    q, slot = torch.randn(1, length, width) * 2, torch.randn(1, length, width)
+    size = torch.full((1, length // window * groups), window // groups)
+    group, options = slot[:, :: window // groups], dict(count=4, window=window, groups=groups)
+
+    def choice():
+        if by == "summary":
+            return dispatch.select(q, group, size.float().log(), **options)
+        return dispatch.select_members(q, slot, size.cumsum(1) - size, size, slots=8, **options)
+
+    plain = choice()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(choice(), plain)
+
+
 def test_selection_is_the_rounded_best_with_ties_to_the_lower_group():
     q, group = normal(B, T, L), normal(B, 2 * G, L)
     group[:, 5] = group[:, 2]
