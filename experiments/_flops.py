@@ -3,7 +3,8 @@
     matrices   2 x their elements that a token passes through; a group's projections, shared by its tokens
     reads      per key: 2 H L for the score, 2 H C for the value (mha: 4 D), 2 H C more inside the band
     grouping   (2 refine_steps + 1) x 2 C G similarities and centroids, 2 G (L + D) to pool latents and states
-    choices    without gradient: k-means, the slow prototypes' pass, 2 L for each group that selection scores
+    choices    without gradient: k-means, the slow prototypes' pass, 2 L for each group that selection scores,
+               for each of its members where it is by members
 
     keys       near: i - lowest + 1; opened: min(K, M_i) R; summaries: max(0, M_i - K); of the
                M_i = max(0, i//W - 1) G groups in reach; a group of window w reads (w + 1) G groups

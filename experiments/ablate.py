@@ -83,13 +83,12 @@ def _options(arm: Arm, setting: Setting, device: torch.device) -> dict[str, Any]
 def _start_folder(arm: Arm, seed: int, setting: Setting, device: torch.device, starts: Path) -> Path:
     """Where the arm's dense start is kept: named after all that decides its bits."""
     config = arm.config(setting.preset, setting.model, seed)
+    plain = plain_config(setting.preset, setting.model, seed)  # first weights are shared with it
     where = environment(device)
     return start_folder(
         starts,
         dense_twin(config),
-        plain=dataclasses.asdict(
-            plain_config(setting.preset, setting.model, seed)
-        ),  # first weights are shared with it
+        plain=dataclasses.asdict(plain),
         lr=setting.lr * arm.lr_scale,
         setting={name: x for name, x in vars(setting).items() if name not in FREE},
         machine=[where["device"], where["torch"]],

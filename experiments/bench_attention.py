@@ -46,6 +46,7 @@ FIXED = dict(
 LETTERS = {"C": "latent_dim", "P": "rope_dim", "W": "window", "R": "layers", "K": "open_groups",
            "refine": "refine_groups", "steps": "refine_steps", "members": "selection",
            "cap": "capacity_factor"}  # fmt: skip
+CHOICES = {"refine_groups": (False, True), "selection": ("summary", "members")}  # by number, 0 or 1
 
 
 def setting_of(name: str) -> dict:
@@ -60,14 +61,12 @@ def setting_of(name: str) -> dict:
             rule = "must be fixed, full, near, or parts such as R64-K8-refine0 of " + ", ".join(LETTERS)
             raise ValueError(f"settings={name!r}: {rule}")
         number = float(found[2]) if "." in found[2] else int(found[2])
-        if field == "layers":
-            changes[field] = str(number)
-        elif field == "refine_groups":
-            changes[field] = {0: False, 1: True}.get(number, number)  # others are refused with their rule
-        elif field == "selection":
-            changes[field] = {0: "summary", 1: "members"}.get(number, str(number))
+        if field in CHOICES:
+            if number not in (0, 1):
+                raise ValueError(f"settings={name!r}: {found[1]} must be 0 or 1, for {CHOICES[field]}")
+            changes[field] = CHOICES[field][int(number)]
         else:
-            changes[field] = number
+            changes[field] = str(number) if field == "layers" else number
     setting = FIXED | changes
     module_of(setting)
     return setting
@@ -377,14 +376,7 @@ def parts_of(setting: dict, length: int, tokens: int, dtype: torch.dtype, repeat
                 x, q, latent, context, mean_q
             ),
             "capacity assignment": lambda: dispatch.assign(score, layer.slots),
-            "selection": lambda: dispatch.select(
-                mean_q,
-                far.group_BML,
-                far.log_size_BM,
-                count=layer.open_groups,
-                window=layer.window,
-                groups=layer.groups,
-            ),
+            "selection": lambda: module.choose(mean_q, far, "auto"),
             "near": lambda: dispatch.attend(q, latent, window=layer.window, **options),
             "near + far": lambda: dispatch.attend(q, latent, window=layer.window, far=closed, **options),
             "near + far + opened": lambda: dispatch.attend(

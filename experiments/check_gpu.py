@@ -39,6 +39,11 @@ WARM.append(["experiments/bench_model.py", "--repeats", "1"])
 WARM.append([*LONGCTX, "--steps", "2", "--warmup-steps", "1", "--sample", "2"])
 
 
+def _hear_interrupts() -> None:
+    """In the child: a job of `nohup ... &` ignores them, and what it starts would, too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(arguments: list[str], log: Path) -> subprocess.Popen:
     env = os.environ | {"PYTHONUNBUFFERED": "1"}
     with log.open("wb") as file:
@@ -48,9 +53,7 @@ def start(arguments: list[str], log: Path) -> subprocess.Popen:
             env=env,
             stdout=file,
             stderr=file,
-            preexec_fn=lambda: signal.signal(
-                signal.SIGINT, signal.SIG_DFL
-            ),  # a job of `nohup ... &` ignores it
+            preexec_fn=_hear_interrupts,
         )
 
 

@@ -20,9 +20,7 @@ from _common import fail, replace_with
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from coga import CoGAConfig
-from coga.kernels.reference import select
 from coga.models import CoGAGPT
-from coga.models.attention import log_size
 
 COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44"]
 INK, PALE, ACCENT = "#222222", "#e4e4e4", "#aa3377"
@@ -45,17 +43,7 @@ def real_groups() -> tuple[torch.Tensor, torch.Tensor]:
     q = attention.projections.queries(x, table)
     latent = attention.projections.latents(x, table)
     _, far = attention._groups(x, q, latent, context)
-    opened = select(
-        q.mean(2)[:, -1:],
-        torch.tensor([T - 1]),
-        far.group_BML,
-        log_size(far.size_BM, torch.float32),
-        count=K,
-        window=W,
-        groups=W // R,
-        step=2.0**-12,
-    )
-    return grouping.index_BNW[0], opened[0, 0]
+    return grouping.index_BNW[0], far.open_BTK[0, -1]
 
 
 def draw(path: Path) -> None:

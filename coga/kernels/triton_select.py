@@ -156,14 +156,26 @@ def _select_kernel(
     write_choice(out_ptr, best, batch * length + t, t < length, KEEP, KP, SPAN, WIDE)
 
 
-def all_visible(length: int, log_size_BM: Tensor, window: int, groups: int) -> Tensor:
-    """K >= M: every group that a token may read, ascending, -1 last."""
-    total = log_size_BM.shape[1]
-    group = torch.arange(total, device=log_size_BM.device)
-    position = torch.arange(length, device=log_size_BM.device)
+def choice_without_scores(
+    index_q_BTL: Tensor, empty_BM: Tensor, keep: int, window: int, groups: int
+) -> Tensor | None:
+    """The choice where there is none to make: nothing (K = 0) or all that a token may read (K >= M)."""
+    batch, length, _ = index_q_BTL.shape
+    total = empty_BM.shape[1]
+    if keep == 0 or length == 0:
+        return index_q_BTL.new_zeros(batch, length, keep, dtype=torch.int64)
+    if keep < total:
+        return None
+    group = torch.arange(total, device=empty_BM.device)
+    position = torch.arange(length, device=empty_BM.device)
     seen = group < reference.visible_groups(position, window, groups)[:, None]
-    index = torch.where(seen & ~log_size_BM.isinf()[:, None], group, total).sort(-1).values
+    index = torch.where(seen & ~empty_BM[:, None], group, total).sort(-1).values
     return torch.where(index == total, -1, index)
+
+
+def has_kernel(dtype: torch.dtype, keep: int) -> bool:
+    """Whether a selection runs here: not float64, and not of more than `LARGEST` but not all groups."""
+    return dtype != torch.float64 and keep <= LARGEST
 
 
 def shape_options(width: int, total: int, keep: int, dtype: torch.dtype) -> dict:
@@ -198,16 +210,15 @@ def select(
 ) -> Tensor:
     """`coga.kernels.reference.select` for a whole sequence: `position` must be 0 .. T-1.
 
-    float64 inputs, and selections of more than `LARGEST` but not all groups, run the reference.
+    What `has_kernel` excludes runs the reference.
     """
     batch, length, width = index_q_BTL.shape
     total = group_BML.shape[1]
     keep = min(count, total)
-    if keep == 0 or length == 0:
-        return index_q_BTL.new_zeros(batch, length, keep, dtype=torch.int64)
-    if keep == total:
-        return all_visible(length, log_size_BM, window, groups)
-    if index_q_BTL.dtype == torch.float64 or keep > LARGEST:
+    easy = choice_without_scores(index_q_BTL, log_size_BM.isinf(), keep, window, groups)
+    if easy is not None:
+        return easy
+    if not has_kernel(index_q_BTL.dtype, keep):
         return reference.select(
             index_q_BTL,
             position,

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from coga.kernels import reference
 from coga.kernels.triton_select import (
-    LARGEST,
-    all_visible,
+    choice_without_scores,
+    has_kernel,
     keep_best,
     no_choice,
     shape_options,
@@ -157,16 +157,15 @@ def select_members(
 ) -> Tensor:
     """`coga.kernels.reference.select_members` for a whole sequence: `position` must be 0 .. T-1.
 
-    float64 inputs, and selections of more than `LARGEST` but not all groups, run the reference.
+    What `has_kernel` excludes runs the reference.
     """
     batch, length, width = index_q_BTL.shape
     total = offset_BM.shape[1]
     keep = min(count, total)
-    if keep == 0 or length == 0:
-        return index_q_BTL.new_zeros(batch, length, keep, dtype=torch.int64)
-    if keep == total:
-        return all_visible(length, size_BM.log(), window, groups)
-    if index_q_BTL.dtype == torch.float64 or keep > LARGEST:
+    easy = choice_without_scores(index_q_BTL, size_BM == 0, keep, window, groups)
+    if easy is not None:
+        return easy
+    if not has_kernel(index_q_BTL.dtype, keep):
         return reference.select_members(
             index_q_BTL,
             position,

@@ -11,7 +11,7 @@ window, M = N*G groups, K opened groups.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -189,28 +189,31 @@ class CoGAAttention(nn.Module):
     def _far(self, q, mean_q, latent, group, log_sizes, grouping: Grouping, context: CallContext) -> Far:
         """The groups that some token may read, with the selection of each token."""
         layer, read = self.layer, group.shape[1]
-        opened = slot = None
-        if layer.open_groups > 0:
-            slot = dispatch.permute(latent, grouping.order_BS)
-            chooser = q.mean(2) if mean_q is None else mean_q
-            options = dict(count=layer.open_groups, window=layer.window, groups=layer.groups)
-            if self.config.selection == "members":
-                offset, size = grouping.offset_BM[:, :read], grouping.size_BM[:, :read]
-                opened = dispatch.select_members(
-                    chooser, slot, offset, size, **options, slots=layer.slots, backend=context.backend
-                )
-            else:
-                opened = dispatch.select(chooser, group, log_sizes, **options, backend=context.backend)
         bias, shift = self.far_weights(context)
-        return Far(
+        far = Far(
             group_BML=group.contiguous(),
             log_size_BM=log_sizes.contiguous(),
             far_bias_H=bias,
-            slot_BSL=slot,
+            slot_BSL=None,
             offset_BM=grouping.offset_BM[:, :read].contiguous(),
             size_BM=grouping.size_BM[:, :read].contiguous(),
-            open_BTK=opened,
+            open_BTK=None,
             groups=layer.groups,
             slots=layer.slots,
-            open_shift=None if opened is None else shift,
         )
+        if layer.open_groups == 0:
+            return far
+        far = replace(far, slot_BSL=dispatch.permute(latent, grouping.order_BS), open_shift=shift)
+        chooser = q.mean(2) if mean_q is None else mean_q
+        return replace(far, open_BTK=self.choose(chooser, far, context.backend))
+
+    def choose(self, index_q_BTL: Tensor, far: Far, backend: str) -> Tensor:
+        """The groups (B, T, K) that each token opens, by their summaries or by their members."""
+        layer = self.layer
+        options = dict(count=layer.open_groups, window=layer.window, groups=layer.groups)
+        if self.config.selection == "summary":
+            return dispatch.select(index_q_BTL, far.group_BML, far.log_size_BM, **options, backend=backend)
+        assert far.slot_BSL is not None
+        options["slots"] = far.slots
+        slot, offset, size = far.slot_BSL, far.offset_BM, far.size_BM
+        return dispatch.select_members(index_q_BTL, slot, offset, size, **options, backend=backend)

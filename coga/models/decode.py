@@ -255,9 +255,10 @@ class _Piece:
             options = dict(count=config.open_groups, window=config.window, groups=config.groups)
             if self.state.config.selection == "members":
                 options["slots"] = config.slots
-                opened = select_members(chooser, at, slot, offset, size, **options, step=step)
+                closed = slot[:, : read // config.groups * config.window]
+                opened = select_members(chooser, at, closed, offset, size, step=step, **options)
             else:
-                opened = select(chooser, at, group, sizes, **options, step=step)
+                opened = select(chooser, at, group, sizes, step=step, **options)
         bias, shift = module.far_weights(self.context)
         return Far(
             group_BML=group,

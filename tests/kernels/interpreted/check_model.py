@@ -17,11 +17,12 @@ ROOMY = dict(layers="16 full", window=2 * W, capacity_factor=1.5)
     [*((name, {}) for name in GROUPINGS), ("gumbel", ROOMY), ("random", ROOMY)],
     ids=[*GROUPINGS, "gumbel-roomy", "random-roomy"],
 )
-def test_no_leak_and_every_parameter_learns(grouping, changes):
+@pytest.mark.parametrize("selection", ["summary", "members"])
+def test_no_leak_and_every_parameter_learns(selection, grouping, changes):
     """No earlier logit changes with a suffix, to the bit, nor has a gradient by a later hidden state."""
     fade = 3 if grouping in ("gumbel", "contiguous") else 0
     own = {"layers": "4 full", "n_layer": 2, "grouping": grouping, "far_warmup": fade, **changes}
-    own["selection"] = "summary" if grouping in ("kmeans", "random") else "members"
+    own["selection"] = selection
     config = small_config(backend="triton", **own)
     model = perturb(CoGAGPT(config)).train()
     window = config.layer(0).window
