@@ -6,12 +6,15 @@ Keys, order of the tiles and what is kept are those of `coga.kernels.triton_sele
 scored a few members at a time: one product of the tokens with BN members, whose largest score is put into
 the group's column. There is no T x M buffer.
 
+Where every group has all its members (capacity 1), those of neighbouring groups lie side by side: a product
+is then of BN members of PACK groups, or of a part of one, without a mask and with one address for all.
+
 Cost: B T S L / 2 multiply-adds (causal half), a head of dense attention's scores; B T S L / (2 tokens a
 program) elements, mostly from cache. The plain twin is `coga.kernels.reference.select_members`.
 
 Legend: B batch, T tokens, S slots, L latent width, M groups, G groups in a window, W window, K selected
 groups; in kernels, BT tokens, BM groups in a tile, BN members of a product, PACK groups in it (small groups),
-CHUNKS products for a group (large groups).
+CHUNKS products for a group (large groups), ROOM members of each group where all are alike and full, else 0.
 """
 
 from __future__ import annotations
@@ -37,29 +40,37 @@ __all__ = ["select_members"]
 
 
 @triton.jit
-def _place(offset_ptr, size_ptr, group, total, FULL: tl.constexpr, ROOM: tl.constexpr):
-    """First slot and members of a group; where all groups are FULL, without a load."""
-    if FULL:
-        start = (group * ROOM).to(tl.int64)
-        size = tl.where(group < total, ROOM, 0)
-    else:
-        start = tl.load(offset_ptr + group, mask=group < total, other=0).to(tl.int64)
-        size = tl.load(size_ptr + group, mask=group < total, other=0).to(tl.int32)
+def _place(offset_ptr, size_ptr, group, total):
+    """First slot and members of a group."""
+    start = tl.load(offset_ptr + group, mask=group < total, other=0).to(tl.int64)
+    size = tl.load(size_ptr + group, mask=group < total, other=0).to(tl.int32)
     return start, size
 
 
 @triton.jit
 def _scores(q_a, q_b, slot_ptr, slot, live, L: tl.constexpr, LA: tl.constexpr, LB: tl.constexpr):
-    """q . k of some slots (BT, BN), -inf where there is no member."""
+    """q . k of the slots (BT, BN), -inf where there is no member; all are members where `live` is None."""
     a = tl.arange(0, LA)
     row = slot_ptr + slot[:, None] * L
-    k_a = tl.load(row + a[None, :], mask=live[:, None] & (a < L)[None, :], other=0.0)
+    if live is None and L == LA + LB:
+        k_a = tl.load(row + a[None, :])
+    elif live is None:
+        k_a = tl.load(row + a[None, :], mask=(a < L)[None, :], other=0.0)
+    else:
+        k_a = tl.load(row + a[None, :], mask=live[:, None] & (a < L)[None, :], other=0.0)
     s = tl.dot(q_a, tl.trans(k_a), input_precision="ieee")
     if LB > 0:
         b = LA + tl.arange(0, LB)
-        k_b = tl.load(row + b[None, :], mask=live[:, None] & (b < L)[None, :], other=0.0)
+        if live is None and L == LA + LB:
+            k_b = tl.load(row + b[None, :])
+        elif live is None:
+            k_b = tl.load(row + b[None, :], mask=(b < L)[None, :], other=0.0)
+        else:
+            k_b = tl.load(row + b[None, :], mask=live[:, None] & (b < L)[None, :], other=0.0)
         s = tl.dot(q_b, tl.trans(k_b), s, input_precision="ieee")
-    return tl.where(live[None, :], s, -float("inf"))
+    if live is not None:
+        s = tl.where(live[None, :], s, -float("inf"))
+    return s
 
 
 @triton.jit
@@ -82,7 +93,6 @@ def _members_kernel(
     KP: tl.constexpr,
     SPAN: tl.constexpr,
     WIDE: tl.constexpr,
-    FULL: tl.constexpr,
     ROOM: tl.constexpr,
     PACK: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -115,28 +125,34 @@ def _members_kernel(
     for i in range(0, tiles):
         first = (tiles - 1 - i) * BM
         score = tl.full([BT, BM], -float("inf"), tl.float32)
-        for j in tl.range(0, tl.cdiv(tl.minimum(BM, most - first), PACK), num_stages=STAGES):
-            if PACK > 1:
-                start, size = _place(
-                    offset_ptr, size_ptr, first + j * PACK + n // (BN // PACK), total, FULL, ROOM
-                )
-                member = n % (BN // PACK)
-                s = _scores(q_a, q_b, slot_ptr, start + member, member < size, L, LA, LB)
-                top = tl.max(tl.reshape(s, (BT, PACK, BN // PACK)), 2)
-                top = tl.broadcast_to(top[:, None, :], (BT, BM // PACK, PACK))
-                score = tl.where((column // PACK == j)[None, :], tl.reshape(top, (BT, BM)), score)
+        products = tl.cdiv(tl.minimum(BM, most - first), PACK) * CHUNKS
+        for p in tl.range(0, products, num_stages=STAGES):
+            j = p // CHUNKS
+            group = first + j * PACK
+            if ROOM > 0:
+                part = slot_ptr + (group.to(tl.int64) * ROOM + p % CHUNKS * BN) * L
+                s = _scores(q_a, q_b, part, n, None, L, LA, LB)
             else:
-                start, size = _place(offset_ptr, size_ptr, first + j, total, FULL, ROOM)
-                top = tl.full([BT], -float("inf"), tl.float32)
-                for chunk in tl.static_range(CHUNKS):
-                    member = chunk * BN + n
-                    s = _scores(q_a, q_b, slot_ptr, start + member, member < size, L, LA, LB)
-                    top = tl.maximum(top, tl.max(s, 1))
-                score = tl.where((column == j)[None, :], top[:, None], score)
+                start, size = _place(offset_ptr, size_ptr, group + n // (BN // PACK), total)
+                member = p % CHUNKS * BN + n % (BN // PACK)
+                s = _scores(q_a, q_b, slot_ptr, start + member, member < size, L, LA, LB)
+            for g in tl.static_range(PACK):
+                own = s
+                if PACK > 1:
+                    own = tl.where((n // (BN // PACK) == g)[None, :], s, -float("inf"))
+                top = tl.max(own, 1)[:, None]
+                if CHUNKS > 1:
+                    top = tl.maximum(score, top)
+                score = tl.where((column == j * PACK + g)[None, :], top, score)
         m = first + column
         seen = (m[None, :] < visible[:, None]) & (score > -float("inf"))
         best = keep_best(best, tl.where(seen, score, 0.0), seen, m, scale, SPAN, WIDE)
     write_choice(out_ptr, best, batch * length + t, real, KEEP, KP, SPAN, WIDE)
+
+
+def previous_power_of_2(n: int) -> int:
+    """The largest power of two that is at most n."""
+    return 1 << (n.bit_length() - 1)
 
 
 def select_members(
@@ -151,9 +167,9 @@ def select_members(
     groups: int,
     slots: int,
     step: float,
-    tokens: int = 64,
+    tokens: int | None = None,
     tile: int = 32,
-    warps: int = 4,
+    warps: int | None = None,
 ) -> Tensor:
     """`coga.kernels.reference.select_members` for a whole sequence: `position` must be 0 .. T-1.
 
@@ -181,12 +197,18 @@ def select_members(
     assert math.frexp(step)[0] == 0.5, "the rounding step must be a power of two"
     assert index_q_BTL.dtype == slot_BSL.dtype
     q, slot, offset, size = (x.contiguous() for x in (index_q_BTL, slot_BSL, offset_BM, size_BM))
-    if keep > 64:
-        tokens = 16
     out = torch.empty(batch, length, keep, dtype=torch.int64, device=q.device)
     power = triton.next_power_of_2(slots)
-    members = min(64, max(16, power))
-    pack = max(1, members // power)
+    half = q.element_size() == 2
+    # Capacity 1 leaves no place of a window empty: a product is of whole groups, or of an even part of one.
+    pack = max(1, min((64 if half else 32) // power, previous_power_of_2(groups), tile))
+    members = min(pack * power, (128 if slots == 128 and width <= 160 else 64) if half else 32)
+    even = slots * groups == window and slots == power and members >= 16
+    if not even:
+        members = min(64, max(16, power))
+        pack = max(1, members // power)
+    tokens = tokens or (16 if keep > 64 else 128 if even and half else 64 if half else 32)
+    warps = warps or (8 if tokens == 128 else 4)
     _members_kernel[(batch * triton.cdiv(length, tokens),)](
         q,
         slot,
@@ -200,14 +222,13 @@ def select_members(
         groups,
         1.0 / step,
         **shape_options(width, total, keep, q.dtype),
-        FULL=slots * groups == window,
-        ROOM=slots,
+        ROOM=slots if even else 0,
         PACK=pack,
         CHUNKS=triton.cdiv(slots, members),
         BT=tokens,
         BM=tile,
         BN=members,
-        STAGES=2,
+        STAGES=3 if even and half else 2,
         num_warps=warps,
     )
     return out
