@@ -58,7 +58,7 @@ def quiet():
 @pytest.mark.parametrize("layers", one_worker_each("near 8 16", "8 full 64", "mha 16 near"))
 def test_no_leak(layers, grouping, train):
     """A changed suffix leaves earlier logits as they are, to the bit; and no gradient comes from later on."""
-    selection = "summary" if grouping in ("kmeans", "random") else "members"
+    selection = "summary" if grouping in ("kmeans", "random") and not train else "members"
     model = gpu_model(train, layers=layers, grouping=grouping, selection=selection)
     row = real_bytes(1, LENGTH).cuda()
     for cut in (1, W - 1, W, 2 * W + 1, 3 * W, 4 * W + 5, LENGTH - 1):
@@ -109,9 +109,10 @@ def test_the_kernels_give_the_logits_and_gradients_of_the_reference(layers, sele
             assert (grad - expected[name]).norm() <= 2e-3 * expected[name].norm() + 1e-7, name
 
 
+@pytest.mark.parametrize("selection", ["summary", "members"])
 @pytest.mark.parametrize("layers", ["near 8 16", "8 full", "mha 8"])
-def test_decode_equals_the_full_forward(layers):
-    model = gpu_model(train=False, layers=layers)
+def test_decode_equals_the_full_forward(layers, selection):
+    model = gpu_model(train=False, layers=layers, selection=selection)
     row = real_bytes(2, LENGTH, seed=3).cuda()
     with torch.no_grad():
         full = model(row).logits
@@ -123,8 +124,9 @@ def test_decode_equals_the_full_forward(layers):
     assert (found - full).norm() / full.norm() < 1e-4
 
 
-def test_a_captured_decode_step_equals_the_eager_one():
-    model = gpu_model(train=False)
+@pytest.mark.parametrize("selection", ["summary", "members"])
+def test_a_captured_decode_step_equals_the_eager_one(selection):
+    model = gpu_model(train=False, selection=selection)
     row = real_bytes(2, LENGTH, seed=5).cuda()
     eager, graphed = (model.new_state(2, max_len=LENGTH + 1) for _ in range(2))
     for state in (eager, graphed):
