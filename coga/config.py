@@ -86,7 +86,7 @@ class CoGAConfig:
     Noise and stabilisers (`gumbel` only)
         noise          scale of the Gumbel noise in training (0: none)
         tau_start, tau_end, tau_steps   temperature of the soft assignment, annealed geometrically
-        slow_prototypes, slow_decay     choose with an exponential average of the prototypes
+        slow_prototypes, slow_decay     groups start from an exponential average of the prototypes
         hysteresis     margin (in logits) by which live prototypes must beat the slow ones' choice (0: off)
         coherence_weight  weight of the loss that pulls members and centroids together (0: off)
         freeze_step    step after which prototypes no longer move (None: never)

@@ -9,12 +9,12 @@
 By default the gradient runs through the last refinement step only; the earlier steps pass it straight from
 their result to the prototypes, which otherwise would receive none when refine_steps > 1.
 
-Slow prototypes are an exponential average of the learned ones. Without hysteresis they make the hard choice;
-with it, their choice gets a bonus of `hysteresis` on the live logits, and so stands unless the live
-prototypes prefer another group by that margin.
+Slow prototypes are an exponential average of the learned ones. Without hysteresis all centroids start from
+them, and the gradient passes straight through to the learned ones; with it, their choice gets a bonus of
+`hysteresis` on the live logits, and so stands unless the live prototypes prefer another group by that margin.
 
 Source: Jang et al. 2017 (Gumbel-softmax); straight-through, Bengio et al. 2013; the rest is CoGA's own.
-Cost: (refine_steps + 1) products of W x C by C x G a window, twice with slow prototypes.
+Cost: 2 refine_steps + 1 products of W x C by C x G a window, twice with hysteresis.
 
 Legend: B batch, N windows, W tokens in a window, G groups in a window, C content width.
 """
@@ -94,15 +94,14 @@ class GumbelGrouping(BaseGrouping):
         content = content_BNWC if content_BNWC.dtype == torch.float64 else content_BNWC.float()
         batch, windows, width, _ = content.shape
         unit = normalize(content, dim=-1, eps=CONTENT_EPS)
-        live, _ = self.logits(unit, self.prototypes_GC)
+        prototype: Tensor = self.prototypes_GC
+        if cfg.slow_prototypes and cfg.hysteresis == 0:
+            prototype = prototype + (self.slow_GC - prototype).detach()
+        live, _ = self.logits(unit, prototype)
         choice = live.detach()
-        if cfg.slow_prototypes:
+        if cfg.slow_prototypes and cfg.hysteresis > 0:
             slow = self.logits(unit.detach(), self.slow_GC)[0].detach()
-            if cfg.hysteresis > 0:
-                stands = one_hot(nearest(slow), self.groups).to(choice.dtype)
-                choice = choice + cfg.hysteresis * stands
-            else:
-                choice = slow
+            choice = choice + cfg.hysteresis * one_hot(nearest(slow), self.groups).to(choice.dtype)
         preferred = nearest(choice)
         tau = temperature(context.step, cfg.tau_start, cfg.tau_end, cfg.tau_steps)
         soft_logits = live / tau

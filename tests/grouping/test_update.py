@@ -128,3 +128,19 @@ def test_groupings_without_parameters_take_the_step_too(name):
     data = real_bytes(1, LONGEST)
     model.update_groups(model(data, targets=data))
     assert model.step_count == 1
+
+
+@pytest.mark.parametrize("through", ["last", "all"])
+def test_groups_start_from_the_slow_prototypes_and_the_gradient_goes_to_the_learned_ones(through):
+    """Loss and gradient are those of a model whose learned prototypes are the slow ones."""
+    _, grouping, step = model_and_step(refine_gradient=through, coherence_weight=0.1)
+    with torch.no_grad():
+        grouping.slow_GC.copy_(grouping.slow_GC.flip(1))
+    first, found = step().total_loss, grouping.prototypes_GC.grad
+    _, other, step = model_and_step(refine_gradient=through, coherence_weight=0.1, slow_prototypes=False)
+    with torch.no_grad():
+        other.prototypes_GC.copy_(other.slow_GC.flip(1))
+    second = step().total_loss
+    assert found.norm() > 1e-8
+    assert_close(first, second)
+    assert_close(found, other.prototypes_GC.grad)
