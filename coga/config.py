@@ -76,6 +76,7 @@ class CoGAConfig:
         grouping       "gumbel", "contiguous", "kmeans" or "random"; one or one per layer
         open_groups    K, groups a token reads member by member; one, one per layer, or None for 512/R
         selection      what a token opens a group for: the best of its "members", or its "summary"
+        summaries      groups that a token does not open are read through their means (off: not at all)
         capacity_factor  a group holds at most ceil(capacity_factor * R) tokens; one or one per layer
         refine_steps   soft k-means steps that start from the prototypes; beta: scale of their cosine logits
         refine_gradient "last" (straight through the earlier steps) or "all"
@@ -125,6 +126,7 @@ class CoGAConfig:
     grouping: str | tuple[str, ...] = "gumbel"
     open_groups: int | tuple[int, ...] | None = None
     selection: str = "members"
+    summaries: bool = True
     capacity_factor: float | tuple[float, ...] = 1.0
     refine_steps: int = 4
     refine_gradient: str = "last"
@@ -139,7 +141,7 @@ class CoGAConfig:
     tau_start: float = 1.0
     tau_end: float = 0.3
     tau_steps: int = 1000
-    slow_prototypes: bool = True
+    slow_prototypes: bool = False
     slow_decay: float = 0.99
     hysteresis: float = 0.0
     coherence_weight: float = 0.01
@@ -193,6 +195,10 @@ class CoGAConfig:
             raise _bad("revive", self.revive, "must be below 1 (a share of the mean use)")
         if self.freeze_step is not None and self.freeze_step < 0:
             raise _bad("freeze_step", self.freeze_step, "must be None or at least 0")
+        if not self.summaries and self.selection != "members":
+            raise _bad("summaries", False, "needs selection='members', which compares no summaries")
+        if not self.summaries and self.refine_groups:
+            raise _bad("summaries", False, "needs refine_groups=False: nobody reads what groups refine")
         if not self.layers.split():
             raise _bad("layers", self.layers, "must name at least one layer")
         for i in range(self.n_layer):
@@ -239,6 +245,8 @@ class CoGAConfig:
             raise _bad("grouping", self.grouping, f"must be one of {', '.join(GROUPINGS)}")
         if layer.open_groups < 0:
             raise _bad("open_groups", self.open_groups, "must be at least 0")
+        if layer.kind == "group" and layer.open_groups == 0 and not self.summaries:
+            raise _bad("open_groups", self.open_groups, "must be at least 1 where summaries are not read")
         if not (layer.capacity_factor >= 1 and math.isfinite(layer.capacity_factor)):
             raise _bad("capacity_factor", self.capacity_factor, "must be a finite number, at least 1")
         if layer.kind == "group" and layer.window % layer.group_size:

@@ -54,9 +54,9 @@ class Grouping:
 class Far:
     """What attention reads beyond the near windows.
 
-    group_BML     (refined) group latents
-    log_size_BM   log |g|, float32 or float64; -inf for an empty group
-    far_bias_H    learned bias per head on the score of a group summary
+    group_BML     (refined) group latents, the summaries; None where only opened groups are read
+    log_size_BM   log |g|, float32 or float64; -inf for an empty group; None with group_BML
+    far_bias_H    learned bias per head on the score of a group summary; None with group_BML
     slot_BSL      token latents in slot order; None when nothing is opened (K = 0)
     offset_BM, size_BM   int64, members of group m are slots offset .. offset+size-1
     open_BTK      int64, groups opened by each token, ascending, -1 for none; None when K = 0
@@ -65,9 +65,9 @@ class Far:
     open_shift    scalar added to the scores of opened members, without a gradient; None for none
     """
 
-    group_BML: Tensor
-    log_size_BM: Tensor
-    far_bias_H: Tensor
+    group_BML: Tensor | None
+    log_size_BM: Tensor | None
+    far_bias_H: Tensor | None
     offset_BM: Tensor
     size_BM: Tensor
     slot_BSL: Tensor | None
@@ -75,3 +75,8 @@ class Far:
     groups: int
     slots: int
     open_shift: Tensor | None = None
+
+    @property
+    def total(self) -> int:
+        """Groups of a row."""
+        return self.size_BM.shape[1]

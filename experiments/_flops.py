@@ -3,10 +3,10 @@
     matrices   2 x their elements that a token passes through; a group's projections, shared by its tokens
     reads      per key: 2 H L for the score, 2 H C for the value (mha: 4 D), 2 H C more inside the band
     grouping   (2 refine_steps + 1) x 2 C G similarities and centroids, 2 G (L + D) to pool latents and states
-    choices    without gradient: k-means, the slow prototypes' pass, 2 L for each group that selection scores,
-               for each of its members where it is by members
+    choices    without gradient: k-means, the pass that hysteresis adds, 2 L for each group that selection
+               scores, for each of its members where it is by members
 
-    keys       near: i - lowest + 1; opened: min(K, M_i) R; summaries: max(0, M_i - K); of the
+    keys       near: i - lowest + 1; opened: min(K, M_i) R; summaries, if read: max(0, M_i - K); of the
                M_i = max(0, i//W - 1) G groups in reach; a group of window w reads (w + 1) G groups
 
 A training token costs three times as much (forward, gradient of inputs, gradient of weights), its choices
@@ -34,16 +34,15 @@ def _exact(config: CoGAConfig, layer: LayerConfig, keys: float, length: int) -> 
     return total
 
 
-def _formed(config: CoGAConfig, layer: LayerConfig, share: float, state: bool) -> dict[str, float]:
-    """Making groups, for the `share` of tokens whose window is closed; `state`: hidden states are pooled."""
-    content, latent = layer.latent_dim, layer.latent_dim + config.rope_dim
-    product = 2 * content * layer.groups * share
-    pooled = 2 * layer.groups * (latent + (config.d_model if state else 0)) * share
+def _formed(config: CoGAConfig, layer: LayerConfig, share: float, pooled_width: int) -> dict[str, float]:
+    """Making groups, for the `share` of tokens whose window is closed, and pooling vectors of a width."""
+    product = 2 * layer.latent_dim * layer.groups * share
+    pooled = 2 * layer.groups * pooled_width * share
     found = {"grouping": pooled, "choices": 0.0}
     if layer.grouping == "gumbel":
         soft = product * (2 * config.refine_steps + 1)
         found["grouping"] += soft
-        found["choices"] += soft if config.slow_prototypes else 0
+        found["choices"] += soft if config.hysteresis > 0 else 0
     elif layer.grouping == "kmeans":
         found["choices"] += product * (2 * config.kmeans_steps + 1)
     return found
@@ -69,11 +68,13 @@ def _layer(config: CoGAConfig, layer: LayerConfig, length: int) -> dict[str, flo
     # With every group opened the exact kernel reads all tokens; groups are formed, but not refined or read.
     routed = opened >= read
     refines = config.refine_groups and not routed
-    found |= _formed(config, layer, windows * layer.window / length, refines)
+    pooled = latent * (config.summaries and read > 0) + width * refines
+    found |= _formed(config, layer, windows * layer.window / length, pooled)
     if routed:
         return found | {"reads": _exact(config, layer, float((place + 1).mean()), length)}
     visible = np.maximum(0, window - 1) * groups
-    keys += float((np.minimum(opened, visible) * layer.group_size + np.maximum(0, visible - opened)).mean())
+    rest = np.maximum(0, visible - opened) * config.summaries
+    keys += float((np.minimum(opened, visible) * layer.group_size + rest).mean())
     found["reads"] = _exact(config, layer, keys, length)
     scored = layer.group_size if config.selection == "members" else 1  # vectors of a group
     found["choices"] += 2 * latent * scored * float(visible.mean()) if opened else 0

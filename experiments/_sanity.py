@@ -109,7 +109,7 @@ def _latent_masses(seen: Seen, position: Tensor) -> Iterator[tuple[Tensor, Tenso
     if module.layer.kind == "group":
         grouping, far = module._groups(x, q, latent, context)
         order = None if grouping is None else grouping.order_BS
-        if far is not None and module._opens_all(far.group_BML.shape[1]):
+        if far is not None and module._opens_all(far.total):
             far, window = None, None
     q, latent = wide(q), wide(latent)
     length, content = latent.shape[1], module.projections.content

@@ -45,8 +45,12 @@ FIXED = dict(
 )  # fmt: skip
 LETTERS = {"C": "latent_dim", "P": "rope_dim", "W": "window", "R": "layers", "K": "open_groups",
            "refine": "refine_groups", "steps": "refine_steps", "members": "selection",
-           "cap": "capacity_factor"}  # fmt: skip
-CHOICES = {"refine_groups": (False, True), "selection": ("summary", "members")}  # by number, 0 or 1
+           "summaries": "summaries", "cap": "capacity_factor"}  # fmt: skip
+CHOICES = {  # by number, 0 or 1
+    "refine_groups": (False, True),
+    "selection": ("summary", "members"),
+    "summaries": (False, True),
+}
 
 
 def setting_of(name: str) -> dict:
@@ -180,7 +184,11 @@ def check(setting: dict, dtype: torch.dtype, length: int = 4096) -> tuple[bool, 
     window = None if module.layer.kind == "full" else module.layer.window
     grad = torch.randn(*q.shape[:3], config.layer(0).latent_dim, device=q.device)
 
+    names: list[str] = []
+
     def run(kind: torch.dtype, backend: str, rounded: bool) -> list[Tensor]:
+        names[:] = ["out", "dq", "dlatent"]
+
         def leaf(x: Tensor) -> Tensor:
             x = x.detach().to(dtype) if rounded else x.detach()
             return x.to(kind).requires_grad_()
@@ -189,10 +197,10 @@ def check(setting: dict, dtype: torch.dtype, length: int = 4096) -> tuple[bool, 
         wanted = [a, b]
         here = None
         if far is not None:
-            group = leaf(far.group_BML)
-            slot = None if far.slot_BSL is None else leaf(far.slot_BSL)
+            group, slot = (None if x is None else leaf(x) for x in (far.group_BML, far.slot_BSL))
             here = replace(far, group_BML=group, slot_BSL=slot)
-            wanted += [group] + ([] if slot is None else [slot])
+            wanted += [x for x in (group, slot) if x is not None]
+            names.extend(n for n, x in (("dgroup", group), ("dslot", slot)) if x is not None)
         out, _ = dispatch.attend(
             a,
             b,
@@ -212,7 +220,6 @@ def check(setting: dict, dtype: torch.dtype, length: int = 4096) -> tuple[bool, 
     # Plain PyTorch in the dtype: the reference's result, rounded to the dtype, is its best case, so compare
     # with dense attention's own error there: SDPA in the dtype on tensors of the same scale.
     plain = plain_error(dtype)
-    names = ["out", "dq", "dlatent", "dgroup", "dslot"][: len(exact)]
     ratio = {
         name: float((o - e).norm() / e.norm().clamp_min(1e-20)) / plain
         for name, e, o in zip(names, exact, ours, strict=True)
@@ -445,6 +452,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = dense_rows(lengths, tokens, args.repeats, dtype, args.peers)
     if args.peers:
         rows += nsa_rows(lengths, tokens, args.repeats, dtype)
+    save()  # what was timed stays, whatever comes
     red = []
     best = dense_times(rows)
     print(HEAD)

@@ -33,6 +33,7 @@ SMALL: dict[str, Any] = dict(
     n_layer=3, n_head=3, d_model=15, latent_dim=6, rope_dim=4, window=W, band=7, open_groups=2,
     mlp_ratio=2.0, layers="near 4 8", max_len=512, noise=8.0,
     refine_groups=True, reciprocal_groups=True, coherence_weight=0.01, revive=0.1, selection="summary",
+    slow_prototypes=True,
 )  # fmt: skip
 
 
@@ -84,6 +85,21 @@ def random_tokens(rows: int, length: int, seed: int = 0, vocab: int = 256) -> Te
 
 def make_tokens(kind: str, rows: int, length: int, seed: int = 0) -> Tensor:
     return {"bytes": real_bytes, "random": random_tokens}[kind](rows, length, seed)
+
+
+READINGS = ("summary", "members", "members alone")
+
+
+def read_by(case: Mapping[str, Any]) -> dict[str, Any]:
+    """The case with its "selection", one of `READINGS`, as fields of a configuration.
+
+    "members alone": groups are opened for their members, and the others are not read at all.
+    """
+    found = dict(case)
+    if found["selection"] == "members alone":
+        opened = found.get("open_groups", 2) or 2
+        found |= dict(selection="members", summaries=False, refine_groups=False, open_groups=opened)
+    return found
 
 
 def pairwise(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:

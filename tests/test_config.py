@@ -56,6 +56,7 @@ BAD = [
     ("far_bias_init", float("-inf"), "finite"),
     ("kmeans_steps", -1, "at least 0"),
     ("reciprocal", 1, "must be bool"),
+    ("summaries", "no", "must be bool"),
     ("sink", "yes", "must be bool"),
     ("mlp_ratio", 0.0, "above 0"),
 ]
@@ -72,6 +73,20 @@ def test_a_bad_value_is_an_error_with_field_value_and_rule(field, value, rule, w
     with pytest.raises(ValueError, match=re.escape(f"{field}={value!r}: ")) as error:
         make(**{field: value})
     assert rule in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        (dict(selection="summary"), "needs selection='members'"),
+        (dict(refine_groups=True), "needs refine_groups=False"),
+        (dict(open_groups=0), "at least 1 where summaries are not read"),
+    ],
+)
+def test_groups_without_summaries_must_be_opened_by_members(changes, rule):
+    with pytest.raises(ValueError, match=rule):
+        CoGAConfig(layers="near 32", summaries=False, **changes)
+    CoGAConfig(layers="near full", summaries=False, open_groups=0)  # no groups, nothing to open
 
 
 def test_unknown_names_are_errors():

@@ -58,7 +58,7 @@ def _bodies(backend: str, device: torch.device):
 
 
 def _far(group, log_size, far_bias, slot, offset, size, open_groups, shift, groups, slots) -> Far | None:
-    if group is None:
+    if size is None:
         return None
     return Far(
         group_BML=group,
@@ -199,7 +199,7 @@ def attend(
         alpha_H = None
     parts: tuple = (None,) * 8
     groups = slots = 0
-    if far is not None and far.group_BML.shape[1]:
+    if far is not None and far.total:
         groups, slots = far.groups, far.slots
         parts = (
             far.group_BML,

@@ -106,7 +106,8 @@ def far_at(far: Far | None, position: Tensor) -> tuple[Far | None, tuple[Tensor,
         return None, None
     slot = None if far.slot_BSL is None else wide(far.slot_BSL)
     opened = None if far.open_BTK is None else far.open_BTK[:, position]
-    far = replace(far, group_BML=wide(far.group_BML), slot_BSL=slot, open_BTK=opened)
+    group = None if far.group_BML is None else wide(far.group_BML)
+    far = replace(far, group_BML=group, slot_BSL=slot, open_BTK=opened)
     return far, None if opened is None else gather_members(far, opened)
 
 
@@ -170,8 +171,8 @@ def attention_parts(
         near.masked_fill_(~seen[..., None, :], -torch.inf)
     # Each part has scores and an offset per head that they still lack.
     parts: list[tuple[Tensor, Tensor | float]] = [(near, 0.0)]
-    if far is not None:
-        assert window is not None
+    if far is not None and far.group_BML is not None:
+        assert window is not None and far.log_size_BM is not None and far.far_bias_H is not None
         count = far.group_BML.shape[1]
         added = far.log_size_BM.to(near.dtype)[:, None].expand(-1, position.shape[-1], -1)
         if not one_window:
@@ -199,7 +200,7 @@ def attention_parts(
     pieces = [score.sub_(lse - offset).exp_() for score, offset in parts]
     return Parts(
         near_BtHs=pieces.pop(0),
-        far_BtHm=pieces.pop(0) if far is not None else None,
+        far_BtHm=pieces.pop(0) if far is not None and far.group_BML is not None else None,
         opened_BtHk=pieces.pop(0) if members is not None else None,
         sink_BtH=pieces.pop(0)[..., 0] if sink_H is not None else None,
         lse_BtH=lse_BtH,
@@ -235,7 +236,7 @@ def attend_chunk(
     )
     out = _mix(parts.near_BtHs, key_BsL[..., :content])
     if parts.far_BtHm is not None:
-        assert far is not None
+        assert far is not None and far.group_BML is not None
         out = out + _mix(parts.far_BtHm, far.group_BML[..., :content])
     if parts.opened_BtHk is not None:
         assert members is not None
@@ -263,13 +264,13 @@ def _far_chunk(far: Far | None, start: int, end: int, window: int | None) -> Far
     if far is None:
         return None
     assert window is not None
-    count = min(max(0, (end - 1) // window - 1) * far.groups, far.group_BML.shape[1])
+    count = min(max(0, (end - 1) // window - 1) * far.groups, far.total)
     if count == 0:
         return None
     return replace(
         far,
-        group_BML=far.group_BML[:, :count],
-        log_size_BM=far.log_size_BM[:, :count],
+        group_BML=None if far.group_BML is None else far.group_BML[:, :count],
+        log_size_BM=None if far.log_size_BM is None else far.log_size_BM[:, :count],
         open_BTK=None if far.open_BTK is None else far.open_BTK[:, start:end],
     )
 
@@ -315,10 +316,12 @@ class _Inputs:
     @classmethod
     def of(cls, q, latent, alpha, sink, far) -> _Inputs:
         if far is not None:
-            slot = None if far.slot_BSL is None else wide(far.slot_BSL)
-            far = replace(far, group_BML=wide(far.group_BML), slot_BSL=slot, far_bias_H=wide(far.far_bias_H))
-            if far.group_BML.shape[1] == 0:
-                far = None
+            wider = {
+                name: None if x is None else wide(x)
+                for name in ("group_BML", "far_bias_H", "slot_BSL")
+                for x in (getattr(far, name),)
+            }
+            far = replace(far, **wider) if far.total else None
         alpha, sink = (None if x is None else wide(x) for x in (alpha, sink))
         return cls(wide(q), wide(latent), alpha, sink, far)
 
@@ -392,9 +395,8 @@ def attend_backward(
     grads = {"q": torch.zeros_like(args.q), "latent": torch.zeros_like(args.latent)}
     named = [("alpha", args.alpha), ("sink", args.sink)]
     if far is not None:
-        named += [("group", wide(far.group_BML)), ("far_bias", wide(far.far_bias_H))]
-        named += [("slot", None if far.slot_BSL is None else wide(far.slot_BSL))]
-    grads |= {name: torch.zeros_like(x) for name, x in named if x is not None}
+        named += [("group", far.group_BML), ("far_bias", far.far_bias_H), ("slot", far.slot_BSL)]
+    grads |= {name: torch.zeros_like(wide(x)) for name, x in named if x is not None}
     reach = band if alpha_H is not None else 1
     for bounds in _chunks(q_BTHL.shape[1], window, reach):
         rows = slice(bounds[0], bounds[1])

@@ -397,11 +397,11 @@ def flash_forward(
 
     unit     tokens of a window (WINDOWED), groups of a window (GROUPED), anything for CAUSAL
     groups   G; 0 where there is no far part (`group_BML`, `log_size_BM`, `far_bias_H`)
-    bits     `opened_bits`, together with `opened`: output and log-sum-exp of the opened part
+    opened   output and log-sum-exp of the opened part; `bits`: its `opened_bits`, where there is a far part
     """
     batch, length, heads, width = q_BTHL.shape
     assert latent_BTL.dtype == q_BTHL.dtype and latent_BTL.shape == (batch, length, width)
-    assert (bits is None) == (opened is None)
+    assert group_BML is None or (bits is None) == (opened is None)
     out = q_BTHL.new_empty(batch, length, heads, content)
     lse = q_BTHL.new_empty(batch, length, heads, dtype=torch.float32)
     tiles = tiles or _tiles(q_BTHL.dtype, content)

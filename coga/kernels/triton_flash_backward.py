@@ -668,7 +668,7 @@ def queries_gradient(
     dq starts from `dq_opened` and from `dq_band`, the second result of `keys_gradient`.
     """
     batch, length, heads, width = q_BTHL.shape
-    assert (bits is None) == (dq_opened is None)
+    assert group_BML is None or (bits is None) == (dq_opened is None)
     assert (alpha_H is None) == (dq_band is None)
     tiles = tiles or _queries_tiles(q_BTHL.dtype, content)
     blocks = triton.cdiv(length, tiles["BM"])
@@ -707,7 +707,7 @@ def queries_gradient(
         GROUPS=groups,
         RECIPROCAL=alpha_H is not None,
         SINK=sink_H is not None,
-        OPENED=bits is not None,
+        OPENED=dq_opened is not None,
         **tiles,
     )
     # One sum each: outputs of a custom op may not share memory.

@@ -75,7 +75,7 @@ class _Plan:
             near |= dict(band=band, alpha_H=_dense(alpha))
         summary: dict = {}
         opens = False
-        if far is not None and far.group_BML.shape[1] == 0:
+        if far is not None and far.total == 0:
             far = None
         if far is not None:
             assert window is not None
@@ -87,15 +87,16 @@ class _Plan:
                 slot_BSL=_dense(far.slot_BSL, q.dtype),
             )
             opens = far.open_BTK is not None and far.open_BTK.shape[-1] > 0 and far.slot_BSL.shape[1] > 0
-            summary = dict(far_bias_H=far.far_bias_H, groups=far.groups)
-            if opens:
-                summary["bits"] = opened_bits(far.open_BTK, far.group_BML.shape[1])
+            if far.group_BML is not None:
+                summary = dict(far_bias_H=far.far_bias_H, groups=far.groups)
+                if opens:
+                    summary["bits"] = opened_bits(far.open_BTK, far.total)
         return cls(_dense(q), _dense(latent, q.dtype), far, near, summary, opens)
 
     @property
     def groups(self) -> dict:
         """Far part as the kernels that walk over keys take it."""
-        if self.far is None:
+        if self.far is None or self.far.group_BML is None:
             return {}
         return self.summary | dict(group_BML=self.far.group_BML, log_size_BM=self.far.log_size_BM)
 
@@ -180,7 +181,7 @@ def attend_backward(
                 queries_done=lambda: ready.append(mark()),
             )
             ready.append(mark())
-    if plan.far is not None:
+    if plan.far is not None and plan.far.group_BML is not None:
         options = dict(content=content, mode=FAR.value, unit=window, log_size_BN=plan.far.log_size_BM)
         grads["group"], _ = keys_gradient(*rows, plan.far.group_BML, **options, **plan.summary)
     grads["latent"], dq_band = keys_gradient(*rows, plan.latent, **plan.near)

@@ -71,7 +71,8 @@ class CoGAAttention(nn.Module):
         self.grouping = self.group_level = None
         self.route_full = config.far_warmup == 0
         if layer.kind == "group":
-            self.far_bias_H = nn.Parameter(torch.full((heads,), config.far_bias_init))
+            bias = torch.full((heads,), config.far_bias_init)
+            self.far_bias_H = nn.Parameter(bias) if config.summaries else None
             self.grouping = build_grouping(config, layer)
             self.group_level = GroupLevel(config, layer) if config.refine_groups else None
 
@@ -79,17 +80,18 @@ class CoGAAttention(nn.Module):
         """Share of the reciprocal term that is on at this step: min(1, step / alpha_warmup)."""
         return _share(context.step, self.config.alpha_warmup)
 
-    def far_weights(self, context: CallContext) -> tuple[Tensor, Tensor | None]:
-        """Bias of summaries (H,) and shift of opened members: log of what the far field weighs at this step.
+    def far_weights(self, context: CallContext) -> tuple[Tensor | None, Tensor | None]:
+        """Bias of summaries (H,), if any, and shift of opened members: log of what the far field weighs now.
 
         weight = FAINTEST^(1 - min(1, step / far_warmup)): attention learns to read its neighbourhood first.
         """
         steps = self.config.far_warmup
         if steps == 0:
             return self.far_bias_H, None
-        missing = 1 - torch.as_tensor(_share(context.step, steps), device=self.far_bias_H.device)
-        shift = math.log(FAINTEST) * missing.to(self.far_bias_H.dtype)
-        return self.far_bias_H + shift, shift
+        up = self.projections.up_HCE
+        missing = 1 - torch.as_tensor(_share(context.step, steps), device=up.device)
+        shift = math.log(FAINTEST) * missing.to(up.dtype)
+        return None if self.far_bias_H is None else self.far_bias_H + shift, shift
 
     def _alpha(self, context: CallContext) -> Tensor | None:
         return None if self.alpha_H is None else self.alpha_H * self.warmth(context)
@@ -101,7 +103,7 @@ class CoGAAttention(nn.Module):
         if self.layer.kind == "group":
             grouping, far = self._groups(x_BTD, q, latent, context, mean_q)
         window = None if self.layer.kind == "full" else self.layer.window
-        if far is not None and self._opens_all(far.group_BML.shape[1]):
+        if far is not None and self._opens_all(far.total):
             far, window = None, None
         mixed, _ = dispatch.attend(
             q,
@@ -150,10 +152,13 @@ class CoGAAttention(nn.Module):
         end = windows * layer.window
         with torch.autocast(x_BTD.device.type, enabled=False):
             grouping = self._form(latent_BTL[:, :end], windows, batch, context)
-            raw = pool(latent_BTL[:, :end], grouping)
         read = max(0, (length - 1) // layer.window - 1) * layer.groups
         if read == 0:
             return grouping, None
+        if not self.config.summaries:
+            return grouping, self._far(q_BTHL, mean_q_BTL, latent_BTL[:, :end], None, None, grouping, context)
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            raw = pool(latent_BTL[:, :end], grouping)
         sizes = log_size(grouping.size_BM, raw.dtype)
         refined = raw
         if self.group_level is not None and not self._opens_all(read):
@@ -188,11 +193,12 @@ class CoGAAttention(nn.Module):
 
     def _far(self, q, mean_q, latent, group, log_sizes, grouping: Grouping, context: CallContext) -> Far:
         """The groups that some token may read, with the selection of each token."""
-        layer, read = self.layer, group.shape[1]
+        layer = self.layer
+        read = max(0, (q.shape[1] - 1) // layer.window - 1) * layer.groups
         bias, shift = self.far_weights(context)
         far = Far(
-            group_BML=group.contiguous(),
-            log_size_BM=log_sizes.contiguous(),
+            group_BML=None if group is None else group.contiguous(),
+            log_size_BM=None if log_sizes is None else log_sizes.contiguous(),
             far_bias_H=bias,
             slot_BSL=None,
             offset_BM=grouping.offset_BM[:, :read].contiguous(),
@@ -212,6 +218,7 @@ class CoGAAttention(nn.Module):
         layer = self.layer
         options = dict(count=layer.open_groups, window=layer.window, groups=layer.groups)
         if self.config.selection == "summary":
+            assert far.group_BML is not None and far.log_size_BM is not None
             return dispatch.select(index_q_BTL, far.group_BML, far.log_size_BM, **options, backend=backend)
         assert far.slot_BSL is not None
         options["slots"] = far.slots

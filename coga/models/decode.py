@@ -11,6 +11,7 @@ window, M groups, R ring of 2W latents.
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -144,7 +145,8 @@ class _Piece:
             key_query is not None
         ):  # the ring may reach further back than the keys do, never less than the band
             key_query = key_query[:, -key.shape[1] :]
-        wide_far = far and Far(**{**vars(far), "group_BML": wide(far.group_BML)})
+        if far is not None and far.group_BML is not None:
+            far = replace(far, group_BML=wide(far.group_BML))
         mixed, _ = attend_chunk(
             wide(q),
             self.position_Bt,
@@ -157,7 +159,7 @@ class _Piece:
             c_BtC=wide(latent[..., :content]),
             key_query_BnHC=None if key_query is None else wide(key_query),
             sink_H=module.sink_H,
-            far=wide_far,
+            far=far,
             members=None if members is None else (wide(members[0]), members[1]),
         )
         if queries is not None:
@@ -208,15 +210,15 @@ class _Piece:
                     backend=context.backend,
                 ),
             )
-            raw = pool(latent, grouping)
+            raw = pool(latent, grouping) if module.config.summaries else None
         span = slice(window * groups, (window + 1) * groups)
-        if "raw" in layer.tensors:
+        if "raw" in layer.tensors and raw is not None:
             layer["raw"][row, span] = raw.to(layer["raw"].dtype)
         layer["size"][row, span] = grouping.size_BM.int()
         if "slot" in layer.tensors:
             members = latent.gather(1, grouping.order_BS[..., None].expand_as(latent))
             layer["slot"][row, window * width : (window + 1) * width] = members.to(layer["slot"].dtype)
-        if module.group_level is None:
+        if module.group_level is None or raw is None:
             return
         old = _recent(layer["hidden"], self.state.length_B)[row]
         hidden = torch.cat([old.to(x.dtype), x[row]], 1)
@@ -244,9 +246,11 @@ class _Piece:
             read = layer["size"].shape[1]
         if read == 0:
             return None
-        group = layer["refined" if module.group_level is not None else "raw"][:, :read].to(q.dtype)
         size = layer["size"][:, :read].long()
-        sizes = log_size(size, group.dtype)
+        group = sizes = None
+        if module.config.summaries:
+            group = layer["refined" if module.group_level is not None else "raw"][:, :read].to(q.dtype)
+            sizes = log_size(size, group.dtype)
         opened = slot = None
         offset = size.cumsum(-1) - size
         if config.open_groups > 0:
@@ -258,6 +262,7 @@ class _Piece:
                 closed = slot[:, : read // config.groups * config.window]
                 opened = select_members(chooser, at, closed, offset, size, step=step, **options)
             else:
+                assert group is not None and sizes is not None
                 opened = select(chooser, at, group, sizes, step=step, **options)
         bias, shift = module.far_weights(self.context)
         return Far(

@@ -5,7 +5,8 @@
     group   near, and: latents and sizes of closed groups; if groups refine, their refined latents and hidden
             states of the open window, and content queries of the last window's groups (if they are
             reciprocal); with K > 0 the latents of all tokens of closed windows in slot order. With K > 0 and
-            refinement the raw latents are left out: they are the means of their members, which are there
+            refinement the raw latents are left out: they are the means of their members, which are there;
+            nor are there any where summaries are not read
     mha     keys and values of all tokens
 
 Legend: B rows, L = C + P latent width, W window, G groups in a window, M groups, S slots (closed tokens).
@@ -56,7 +57,7 @@ def _shapes(config: CoGAConfig, layer: LayerConfig, batch: int, length: int) -> 
         return shapes
     windows = length // layer.window
     latents = (batch, windows * layer.groups, width)
-    if not (config.refine_groups and layer.open_groups > 0):
+    if config.summaries and not (config.refine_groups and layer.open_groups > 0):
         shapes["raw"] = latents
     shapes["size"] = (batch, windows * layer.groups)
     if layer.open_groups > 0:
@@ -137,8 +138,8 @@ def state_bytes_formula(config: CoGAConfig, length: int, batch: int = 1, element
     """Bytes a layer that a state for `length` tokens holds; sizes are int32, everything else `element_size`.
 
     For a group layer with L = C + P, per row:
-    2W L + band H C + (T/R) L + [W D + G H C if refining, and (T/R) L once more if K = 0] + T L (if K > 0),
-    plus T/R sizes.
+    2W L + band H C + (T/R) L [unless summaries are off] + [W D + G H C if refining, and (T/R) L once more if
+    K = 0] + T L (if K > 0), plus T/R sizes.
     """
     found = []
     for i in range(config.n_layer):

@@ -174,7 +174,8 @@ def test_flops_of_a_case_counted_by_hand():
     assert found["matrices"] == query + latent + up + out_and_gate + mlp + head + group_maps / 2
     assert found["reads"] == key * (near + far) + band + among
     assert found["grouping"] == similarities + 2 * 2 * (5 + 4)
-    assert found["choices"] == similarities + 2 * 5 * (0 + 0 + 2 + 4) / 4
+    assert found["choices"] == 2 * 5 * (0 + 0 + 2 + 4) / 4
+    assert _flops.flops(config.replace(hysteresis=1.0), 16)["choices"] == similarities + found["choices"]
     assert _flops.forward_flops(config, 16) == pytest.approx(sum(found.values()))
     assert _flops.training_flops(config, 16) == pytest.approx(3 * sum(found.values()) - 2 * found["choices"])
 
@@ -203,6 +204,18 @@ def test_scoring_every_member_costs_the_group_size_times_scoring_summaries():
     costs = [_flops.flops(config.replace(selection=s), 80)["choices"] for s in ("summary", "members")]
     visible = np.maximum(0, np.arange(80) // 16 - 1) * 4
     assert costs[1] - costs[0] == pytest.approx(2 * 12 * (4 - 1) * visible.mean())
+
+
+def test_without_summaries_nothing_is_pooled_and_only_members_are_read():
+    changes = {"n_layer": 1, "layers": "4", "selection": "members", "open_groups": 2}
+    config = CoGAConfig.preset("tiny", **{**SMALL, **changes})
+    with_all, without = (_flops.flops(config.replace(summaries=x), 80) for x in (True, False))
+    width, heads = config.layer(0).latent_dim + config.rope_dim, config.n_head
+    rest = np.maximum(0, np.maximum(0, np.arange(80) // 16 - 1) * 4 - 2).mean()
+    key = 2 * heads * (width + config.layer(0).latent_dim)
+    assert with_all["reads"] - without["reads"] == pytest.approx(key * rest)
+    assert with_all["grouping"] - without["grouping"] == 2 * 4 * width
+    assert with_all["choices"] == without["choices"]
 
 
 def test_dense_attention_costs_more_than_groups_and_groups_more_than_the_window():

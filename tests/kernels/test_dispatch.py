@@ -72,6 +72,18 @@ def test_gradcheck_of_attention_with_groups(opened, chunk, shift, monkeypatch):
     assert gradcheck(function, [x.detach().requires_grad_() for x in inputs], fast_mode=opened != 1)
 
 
+def test_gradcheck_of_attention_with_opened_groups_alone():
+    q, latent, far = far_inputs(1, shift=-1.5)
+    inputs = [q, latent, normal(H), normal(H), far.slot_BSL]
+
+    def function(q, latent, alpha, sink, slot):
+        given = replace(far, group_BML=None, log_size_BM=None, far_bias_H=None, slot_BSL=slot)
+        options = dict(content=C, window=W, band=3, alpha_H=alpha, sink_H=sink)
+        return dispatch.attend(q, latent, far=given, **options)[0]
+
+    assert gradcheck(function, [x.detach().requires_grad_() for x in inputs])
+
+
 @pytest.mark.parametrize("window", [None, W])
 @pytest.mark.parametrize("sink", [True, False])
 def test_gradcheck_of_attention_without_groups(window, sink):
@@ -136,12 +148,15 @@ OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "tes
 
 @pytest.mark.parametrize("opened", [0, 2, None])
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
-def test_opcheck_attend(opened, dtype):
+@pytest.mark.parametrize("summaries", [True, False])
+def test_opcheck_attend(opened, dtype, summaries):
     q, latent, far = far_inputs(opened or 0, dtype, shift=-1.5 if opened else None)
     groups: list = [None] * 8
     if opened is not None:
         groups = [far.group_BML, far.far_bias_H, far.slot_BSL, far.log_size_BM]
         groups += [far.offset_BM, far.size_BM, far.open_BTK, far.open_shift]
+        if not summaries:
+            groups[0] = groups[1] = groups[3] = None
     values = [q, latent, normal(H, dtype=dtype), normal(H, dtype=dtype), *groups]
     differentiable = [x.requires_grad_() if i < 7 and x is not None else x for i, x in enumerate(
         [None if x is None else x.detach().clone() for x in values]

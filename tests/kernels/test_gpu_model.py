@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from support import opened_path, other_layers, perturb, real_bytes
+from support import READINGS, opened_path, other_layers, perturb, read_by, real_bytes
 
 from coga import CoGAConfig
 from coga.kernels import dispatch
@@ -34,7 +34,7 @@ def gpu_model(train: bool = True, seed: int = 0, **changes) -> CoGAGPT:
         n_layer=3, n_head=3, d_model=48, latent_dim=32, rope_dim=16, window=W, band=20, open_groups=3,
         layers="near 8 16", mlp_ratio=2.0, max_len=1024, noise=1.0, backend="triton",
         refine_groups=True, reciprocal_groups=True, coherence_weight=0.01, revive=0.1,
-        selection="summary",
+        selection="summary", slow_prototypes=True,
     )  # fmt: skip
     model = perturb(CoGAGPT(CoGAConfig(**{**values, **changes})), seed)
     return model.cuda().train(train)
@@ -58,8 +58,8 @@ def quiet():
 @pytest.mark.parametrize("layers", one_worker_each("near 8 16", "8 full 64", "mha 16 near"))
 def test_no_leak(layers, grouping, train):
     """A changed suffix leaves earlier logits as they are, to the bit; and no gradient comes from later on."""
-    selection = "summary" if grouping in ("kmeans", "random") and not train else "members"
-    model = gpu_model(train, layers=layers, grouping=grouping, selection=selection)
+    selection = READINGS[(GROUPINGS.index(grouping) + train) % len(READINGS)]
+    model = gpu_model(train, **read_by(dict(layers=layers, grouping=grouping, selection=selection)))
     row = real_bytes(1, LENGTH).cuda()
     for cut in (1, W - 1, W, 2 * W + 1, 3 * W, 4 * W + 5, LENGTH - 1):
         other = row.clone()
@@ -89,11 +89,11 @@ def test_opening_every_group_equals_full_attention(grouping):
     assert (ours - exact).norm() / exact.norm() < 2e-5
 
 
-@pytest.mark.parametrize("selection", ["summary", "members"])
+@pytest.mark.parametrize("selection", READINGS)
 @pytest.mark.parametrize("layers", ["near 8 16", "8 full 64"])
 def test_the_kernels_give_the_logits_and_gradients_of_the_reference(layers, selection):
     """Whole model, choices included: float32 scores are rounded so that both backends choose alike."""
-    ours = gpu_model(layers=layers, selection=selection)
+    ours = gpu_model(**read_by(dict(layers=layers, selection=selection)))
     plain = other_layers(ours, layers, backend="reference").train()
     row = real_bytes(2, LENGTH).cuda()
     found = []
@@ -109,10 +109,10 @@ def test_the_kernels_give_the_logits_and_gradients_of_the_reference(layers, sele
             assert (grad - expected[name]).norm() <= 2e-3 * expected[name].norm() + 1e-7, name
 
 
-@pytest.mark.parametrize("selection", ["summary", "members"])
+@pytest.mark.parametrize("selection", READINGS)
 @pytest.mark.parametrize("layers", ["near 8 16", "8 full", "mha 8"])
 def test_decode_equals_the_full_forward(layers, selection):
-    model = gpu_model(train=False, layers=layers, selection=selection)
+    model = gpu_model(train=False, **read_by(dict(layers=layers, selection=selection)))
     row = real_bytes(2, LENGTH, seed=3).cuda()
     with torch.no_grad():
         full = model(row).logits
@@ -124,9 +124,9 @@ def test_decode_equals_the_full_forward(layers, selection):
     assert (found - full).norm() / full.norm() < 1e-4
 
 
-@pytest.mark.parametrize("selection", ["summary", "members"])
+@pytest.mark.parametrize("selection", READINGS)
 def test_a_captured_decode_step_equals_the_eager_one(selection):
-    model = gpu_model(train=False, selection=selection)
+    model = gpu_model(train=False, **read_by(dict(selection=selection)))
     row = real_bytes(2, LENGTH, seed=5).cuda()
     eager, graphed = (model.new_state(2, max_len=LENGTH + 1) for _ in range(2))
     for state in (eager, graphed):

@@ -82,7 +82,7 @@ def double_loop(q, latent, *, content, window, band, alpha, sink, far=None):
                                 s = float(q[b, i, h] @ far.slot_BSL[b, slot])
                                 score.append(s + (0.0 if far.open_shift is None else float(far.open_shift)))
                                 value.append(far.slot_BSL[b, slot, :content])
-                        elif size:
+                        elif size and far.group_BML is not None:
                             s = float(q[b, i, h] @ far.group_BML[b, m] + far.far_bias_H[h])
                             score.append(s + math.log(size))
                             value.append(far.group_BML[b, m, :content])
@@ -130,12 +130,13 @@ def test_all_four_parts_are_a_double_loop(opened, empty, monkeypatch):
     far = make_far(latent, q, random_grouping(3, empty=empty), opened, bias, shift=-0.7 if empty else 0.0)
     far = replace(far, group_BML=far.group_BML + 0.3 * normal(*far.group_BML.shape))  # as if refined
     options = dict(content=C, window=W, band=7)
-    want = double_loop(q, latent, alpha=alpha, sink=sink, far=far, **options)
-    for chunk in (256, 24, 5):  # chunks inside windows, across windows, small
-        monkeypatch.setattr(reference, "CHUNK", chunk)
-        got = reference.attend(q, latent, alpha_H=alpha, sink_H=sink, far=far, **options)
-        assert_close(got[0], want[0])
-        assert_close(got[1], want[1])
+    for one in (far, replace(far, group_BML=None, log_size_BM=None, far_bias_H=None)):
+        want = double_loop(q, latent, alpha=alpha, sink=sink, far=one, **options)
+        for chunk in (256, 24, 5):  # chunks inside windows, across windows, small
+            monkeypatch.setattr(reference, "CHUNK", chunk)
+            got = reference.attend(q, latent, alpha_H=alpha, sink_H=sink, far=one, **options)
+            assert_close(got[0], want[0])
+            assert_close(got[1], want[1])
 
 
 def test_group_attention_is_a_double_loop(monkeypatch):

@@ -9,12 +9,14 @@ import torch
 from support import (
     GROUPINGS,
     LONGEST,
+    READINGS,
     W,
     assert_close,
     case_id,
     other_layers,
     pairwise,
     perturb,
+    read_by,
     real_bytes,
     small_config,
 )
@@ -53,6 +55,7 @@ CHANGED: dict[str, tuple[object, dict]] = {
     "grouping": ("kmeans", {}),
     "open_groups": (1, {}),
     "selection": ("members", {}),
+    "summaries": (False, dict(selection="members", refine_groups=False)),
     "capacity_factor": (1.5, {}),
     "refine_steps": (1, {}),
     "refine_gradient": ("all", {}),
@@ -138,7 +141,7 @@ GRADIENTS = pairwise(
         capacity_factor=(1.0, 1.5),
         entropy_weight=(0.0, 0.1),
         far_warmup=(0, 3),
-        selection=("summary", "members"),
+        selection=READINGS,
         checkpointing=(False, True),
     )
 )
@@ -147,7 +150,7 @@ GRADIENTS = pairwise(
 @pytest.mark.parametrize("number", range(len(GRADIENTS)), ids=lambda i: case_id(GRADIENTS[i]))
 def test_every_parameter_gets_a_gradient(number):
     """T > 3W and K < groups, after every zero is perturbed; finite, and neither lost nor blown up."""
-    case = dict(GRADIENTS[number])
+    case = read_by(GRADIENTS[number])
     on, chooser = case.pop("checkpointing"), case.pop("chooser")
     case |= dict(slow_prototypes=chooser != "live", hysteresis=0.5 * (chooser == "hysteresis"))
     model = perturb(CoGAGPT(small_config(**case)).double(), number).train()

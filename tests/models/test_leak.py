@@ -13,10 +13,12 @@ from support import (
     LENGTHS,
     LONGEST,
     PATTERNS,
+    READINGS,
     case_id,
     make_tokens,
     pairwise,
     random_tokens,
+    read_by,
     small_model,
 )
 from torch import Tensor
@@ -38,7 +40,7 @@ CASES = pairwise(
         refine_groups=(True, False),
         hysteresis=(0.0, 0.5),
         far_warmup=(0, 3),
-        selection=("summary", "members"),
+        selection=READINGS,
     )
 )
 
@@ -89,7 +91,7 @@ def build(case: dict, seed: int) -> CoGAGPT:
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda i: case_id(CASES[i]))
 def test_no_suffix_changes_an_earlier_logit(number):
-    case = CASES[number]
+    case = read_by(CASES[number])
     model = build(case, number)
     for length in {case["length"], LONGEST}:
         assert leaks(model, case["tokens"], length, number) == 0
@@ -97,7 +99,7 @@ def test_no_suffix_changes_an_earlier_logit(number):
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda i: case_id(CASES[i]))
 def test_no_earlier_logit_has_a_gradient_by_a_later_hidden_state(number):
-    case = CASES[number]
+    case = read_by(CASES[number])
     assert gradient_leaks(build(case, number), case["tokens"], LONGEST, number) == 0
 
 

@@ -12,11 +12,13 @@ from support import (
     LENGTHS,
     LONGEST,
     PATTERNS,
+    READINGS,
     W,
     assert_close,
     case_id,
     make_tokens,
     pairwise,
+    read_by,
     real_bytes,
     small_model,
 )
@@ -38,7 +40,7 @@ CASES = pairwise(
         max_len=(None, 64),
         sink=(True, False),
         far_warmup=(0, 3),
-        selection=("summary", "members"),
+        selection=READINGS,
     )
 )
 
@@ -66,7 +68,7 @@ def stepped(model: CoGAGPT, tokens: Tensor, sizes: list[int], max_len: int | Non
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda i: case_id(CASES[i]))
 def test_any_chunks_give_the_logits_of_the_full_forward(number, monkeypatch):
-    case = dict(CASES[number])
+    case = read_by(CASES[number])
     kind, max_len = case.pop("chunks"), case.pop("max_len")
     if kind == "pieces":
         monkeypatch.setattr(decode, "PIECE", 7)  # a step is cut into pieces itself

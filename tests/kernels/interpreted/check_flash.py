@@ -27,6 +27,7 @@ def case(
     sink=True,
     empty=False,
     shift=None,
+    summaries=True,
     seed=0,
 ):
     """Latents, groups of random members and random opened groups of a sequence of closed windows."""
@@ -58,9 +59,9 @@ def case(
         ids = torch.where(best < 0, total, ids).sort(-1).values
         ids = torch.where(ids == total, -1, ids)
         far = Far(
-            group_BML=draw(batch, total, width) / width**0.25,
-            log_size_BM=size.float().log(),
-            far_bias_H=draw(heads),
+            group_BML=draw(batch, total, width) / width**0.25 if summaries else None,
+            log_size_BM=size.float().log() if summaries else None,
+            far_bias_H=draw(heads) if summaries else None,
             offset_BM=offset,
             size_BM=size,
             slot_BSL=slot if count else None,
@@ -88,6 +89,8 @@ CASES = {
     "many-groups": dict(window=8, groups=4, length=100, heads=1, count=3),
     "empty-groups": dict(empty=True, length=41),
     "shifted": dict(shift=-1.5, length=41),
+    "opened-alone": dict(summaries=False, length=41),
+    "opened-alone-shifted-no-band": dict(summaries=False, band=0, shift=-0.5, length=100, window=8),
     "window-below-tile-band-whole": dict(window=16, band=16, length=75, groups=2),
     "three-heads-tile-of-tokens": dict(window=64, band=9, length=150, groups=4, heads=3),
 }
