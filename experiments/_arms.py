@@ -2,7 +2,7 @@
 
     "gumbel"                                  one of the groupings, in the layers of the run
     "near", "full", "mha"                     every layer of that kind
-    "gumbel:hysteresis=1,sink=false"          any field of `CoGAConfig`, values as JSON or text
+    "gumbel:noise=1,sink=false"               any field of `CoGAConfig`, values as JSON or text
     "gumbel:lr_scale=2,prototype_lr=0.1"      and the run's own: all rates, and the prototypes' beside it
     "gumbel:prototypes=random"                and where they are after a dense start ("data" if not said)
 

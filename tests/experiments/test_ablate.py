@@ -75,20 +75,20 @@ def snapshot(folder: Path) -> dict[Path, int]:
 
 
 def test_arms_carry_fields():
-    arms = _arms.parse_arms("gumbel, near,gumbel:hysteresis=1,sink=false,kmeans:lr_scale=2")
+    arms = _arms.parse_arms("gumbel, near,gumbel:noise=1,sink=false,kmeans:lr_scale=2")
     assert [arm.text for arm in arms] == [
         "gumbel",
         "near",
-        "gumbel:hysteresis=1,sink=false",
+        "gumbel:noise=1,sink=false",
         "kmeans:lr_scale=2",
     ]
     assert [arm.name for arm in arms] == ["gumbel", "near", "gumbel", "kmeans"]
-    assert arms[2].changes == {"hysteresis": 1, "sink": False}
-    assert isinstance(arms[2].config("tiny", {}, 0).hysteresis, float)
+    assert arms[2].changes == {"noise": 1, "sink": False}
+    assert isinstance(arms[2].config("tiny", {}, 0).noise, float)
     assert [arm.lr_scale for arm in arms] == [1, 1, 1, 2]
     assert arms[3].changes == {}
     config = arms[2].config("tiny", {"window": 64, "sink": True}, 5)
-    assert (config.grouping, config.hysteresis, config.sink, config.window, config.seed) == (
+    assert (config.grouping, config.noise, config.sink, config.window, config.seed) == (
         "gumbel", 1, False, 64, 5,
     )  # fmt: skip
     assert arms[1].config("tiny", {"layers": "16"}, 0).layers == "near"
@@ -175,7 +175,8 @@ def test_flops_of_a_case_counted_by_hand():
     assert found["reads"] == key * (near + far) + band + among
     assert found["grouping"] == similarities + 2 * 2 * (5 + 4)
     assert found["choices"] == 2 * 5 * (0 + 0 + 2 + 4) / 4
-    assert _flops.flops(config.replace(hysteresis=1.0), 16)["choices"] == similarities + found["choices"]
+    calm = config.replace(hysteresis=1.0, slow_prototypes=True)
+    assert _flops.flops(calm, 16)["choices"] == similarities + found["choices"]
     assert _flops.forward_flops(config, 16) == pytest.approx(sum(found.values()))
     assert _flops.training_flops(config, 16) == pytest.approx(3 * sum(found.values()) - 2 * found["choices"])
 
