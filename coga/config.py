@@ -16,6 +16,8 @@ BACKENDS = ("auto", "reference", "triton")
 MLPS = ("relu2", "swiglu")
 SELECTIONS = ("summary", "members")
 LARGEST_SCORE = 1e4
+# What a config.json meant that was written before there was such a field.
+BEFORE = {"selection": "summary", "summaries": True}
 
 
 def _bad(field: str, value: object, rule: str) -> ValueError:
@@ -307,7 +309,10 @@ class CoGAConfig:
 
     @classmethod
     def from_json(cls, text: str) -> CoGAConfig:
-        """Read `to_json` back; ValueError when it is not a whole CoGA configuration."""
+        """Read `to_json` back; ValueError when it is not a whole CoGA configuration.
+
+        Fields younger than a file have the value that the older code had built in.
+        """
         try:
             values = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
@@ -315,6 +320,7 @@ class CoGAConfig:
         if not isinstance(values, dict):
             raise _bad("config.json", type(values).__name__, "must hold an object")
         cls._known(values)
+        values = BEFORE | values
         config = cls(**values)
         missing = [field.name for field in dataclasses.fields(cls) if field.name not in values]
         if missing:  # a default in place of what the weights were trained with would be silently wrong

@@ -144,6 +144,14 @@ def test_json_brings_every_preset_back(name):
     assert json.loads(text)["seed"] == 5
 
 
+def test_an_older_config_means_what_it_meant():
+    values = json.loads(CoGAConfig().to_json())
+    for name in ("selection", "summaries"):
+        del values[name]
+    config = CoGAConfig.from_json(json.dumps(values))
+    assert config == CoGAConfig(selection="summary", summaries=True)
+
+
 def test_json_brings_tuples_back():
     config = CoGAConfig(n_layer=2, window=(64, 128), grouping=("gumbel", "kmeans"), band=8)
     assert CoGAConfig.from_json(config.to_json()) == config
