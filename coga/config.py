@@ -17,7 +17,7 @@ MLPS = ("relu2", "swiglu")
 SELECTIONS = ("summary", "members")
 LARGEST_SCORE = 1e4
 # What a config.json meant that was written before there was such a field.
-BEFORE = {"selection": "summary", "summaries": True}
+BEFORE: dict[str, Any] = {"selection": "summary", "summaries": True}
 
 
 def _bad(field: str, value: object, rule: str) -> ValueError:
