@@ -78,7 +78,8 @@ class CoGAConfig:
         grouping       "gumbel", "contiguous", "kmeans" or "random"; one or one per layer
         open_groups    K, groups a token reads member by member; one, one per layer, or None for 512/R
         selection      what a token opens a group for: the best of its "members", or its "summary"
-        summaries      groups that a token does not open are read through their means (off: not at all)
+        summaries      groups that a token does not open are read through their means (off: not at all; then
+                       nothing but the coherence loss moves prototypes)
         capacity_factor  a group holds at most ceil(capacity_factor * R) tokens; one or one per layer
         refine_steps   soft k-means steps that start from the prototypes; beta: scale of their cosine logits
         refine_gradient "last" (straight through the earlier steps) or "all"
@@ -247,6 +248,10 @@ class CoGAConfig:
             raise _bad("grouping", self.grouping, f"must be one of {', '.join(GROUPINGS)}")
         if layer.open_groups < 0:
             raise _bad("open_groups", self.open_groups, "must be at least 0")
+        learns = layer.kind == "group" and layer.grouping == "gumbel" and self.freeze_step != 0
+        if learns and not self.summaries and self.coherence_weight == 0:
+            rule = "must be above 0 where summaries are not read: nothing else moves prototypes"
+            raise _bad("coherence_weight", self.coherence_weight, rule)
         if layer.kind == "group" and layer.open_groups == 0 and not self.summaries:
             raise _bad("open_groups", self.open_groups, "must be at least 1 where summaries are not read")
         if not (layer.capacity_factor >= 1 and math.isfinite(layer.capacity_factor)):

@@ -81,12 +81,15 @@ def test_a_bad_value_is_an_error_with_field_value_and_rule(field, value, rule, w
         (dict(selection="summary"), "needs selection='members'"),
         (dict(refine_groups=True), "needs refine_groups=False"),
         (dict(open_groups=0), "at least 1 where summaries are not read"),
+        (dict(coherence_weight=0.0), "nothing else moves prototypes"),
     ],
 )
 def test_groups_without_summaries_must_be_opened_by_members(changes, rule):
     with pytest.raises(ValueError, match=rule):
         CoGAConfig(layers="near 32", summaries=False, **changes)
     CoGAConfig(layers="near full", summaries=False, open_groups=0)  # no groups, nothing to open
+    CoGAConfig(layers="32", summaries=False, coherence_weight=0.0, freeze_step=0)
+    CoGAConfig(layers="32", summaries=False, coherence_weight=0.0, grouping="contiguous")
 
 
 def test_unknown_names_are_errors():

@@ -200,14 +200,21 @@ def select_members(
     out = torch.empty(batch, length, keep, dtype=torch.int64, device=q.device)
     power = triton.next_power_of_2(slots)
     half = q.element_size() == 2
+    shape = shape_options(width, total, keep, q.dtype)
+    padded = shape["LA"] + shape["LB"]
+    widest = 64 if half and padded <= 320 else 32  # members of a product; what shared memory has room for
     # Capacity 1 leaves no place of a window empty: a product is of whole groups, or of an even part of one.
-    pack = max(1, min((64 if half else 32) // power, previous_power_of_2(groups), tile))
-    members = min(pack * power, (128 if slots == 128 and width <= 160 else 64) if half else 32)
+    pack = max(1, min(widest // power, previous_power_of_2(groups), tile))
+    members = min(pack * power, 128 if half and slots == 128 and padded <= 160 else widest)
     even = slots * groups == window and slots == power and members >= 16
+    # The last product of a tile may begin inside what a token reads and end beyond it, but not beyond `slot`.
+    read = min(max((length - 1) // window - 1, 0) * groups, total)
+    even = even and (read + pack - 1) * slots <= slot.shape[1]
     if not even:
         members = min(64, max(16, power))
         pack = max(1, members // power)
-    tokens = tokens or (16 if keep > 64 else 128 if even and half else 64 if half else 32)
+    roomy = even and half and padded <= 160  # three tiles in flight, and twice the tokens
+    tokens = tokens or (16 if keep > 64 else 128 if roomy else 64 if half else 32)
     warps = warps or (8 if tokens == 128 else 4)
     _members_kernel[(batch * triton.cdiv(length, tokens),)](
         q,
@@ -221,14 +228,14 @@ def select_members(
         window,
         groups,
         1.0 / step,
-        **shape_options(width, total, keep, q.dtype),
+        **shape,
         ROOM=slots if even else 0,
         PACK=pack,
         CHUNKS=triton.cdiv(slots, members),
         BT=tokens,
         BM=tile,
         BN=members,
-        STAGES=3 if even and half else 2,
+        STAGES=3 if roomy else 2,
         num_warps=warps,
     )
     return out

@@ -142,6 +142,19 @@ def test_selection_by_members_differs_only_below_the_rounding_step(dtype, groups
     assert (chosen != wanted).any(-1).float().mean() < 0.01
 
 
+@pytest.mark.parametrize("width", [160, 288, 384, 576])
+def test_selection_by_members_runs_at_any_width(width):
+    from coga.kernels.triton_select_members import select_members
+
+    q = torch.randn(1, 2048, width, device="cuda", dtype=torch.bfloat16)
+    size = torch.full((1, 64), 32, device="cuda")
+    options = dict(count=4, window=512, groups=16, slots=32, step=reference.rounding_step(torch.bfloat16))
+    inputs = (q, torch.arange(2048, device="cuda"), q, size.cumsum(1) - size, size)
+    chosen, wanted = select_members(*inputs, **options), reference.select_members(*inputs, **options)
+    assert torch.equal(chosen >= 0, wanted >= 0)
+    assert (chosen != wanted).any(-1).float().mean() < 0.01
+
+
 @pytest.mark.parametrize("count", [1, 5, 16, 64])
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16", "fp32"])
 def test_selection_differs_only_below_the_rounding_step(dtype, count):
