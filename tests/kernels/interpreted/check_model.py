@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import GROUPINGS, W, perturb, real_bytes, small_config
+from support import GROUPINGS, READINGS, W, perturb, read_by, real_bytes, small_config
 
 from coga.models import CoGAGPT
 
@@ -17,13 +17,12 @@ ROOMY = dict(layers="16 full", window=2 * W, capacity_factor=1.5)
     [*((name, {}) for name in GROUPINGS), ("gumbel", ROOMY), ("random", ROOMY)],
     ids=[*GROUPINGS, "gumbel-roomy", "random-roomy"],
 )
-@pytest.mark.parametrize("selection", ["summary", "members"])
+@pytest.mark.parametrize("selection", READINGS)
 def test_no_leak_and_every_parameter_learns(selection, grouping, changes):
     """No earlier logit changes with a suffix, to the bit, nor has a gradient by a later hidden state."""
     fade = 3 if grouping in ("gumbel", "contiguous") else 0
     own = {"layers": "4 full", "n_layer": 2, "grouping": grouping, "far_warmup": fade, **changes}
-    own["selection"] = selection
-    config = small_config(backend="triton", **own)
+    config = small_config(backend="triton", **read_by(own | {"selection": selection}))
     model = perturb(CoGAGPT(config)).train()
     window = config.layer(0).window
     longest = 3 * window + 5
