@@ -184,11 +184,11 @@ def check(setting: dict, dtype: torch.dtype, length: int = 4096) -> tuple[bool, 
     window = None if module.layer.kind == "full" else module.layer.window
     grad = torch.randn(*q.shape[:3], config.layer(0).latent_dim, device=q.device)
 
-    names: list[str] = []
+    names = ["out", "dq", "dlatent"]
+    if far is not None:
+        names += [n for n, x in (("dgroup", far.group_BML), ("dslot", far.slot_BSL)) if x is not None]
 
     def run(kind: torch.dtype, backend: str, rounded: bool) -> list[Tensor]:
-        names[:] = ["out", "dq", "dlatent"]
-
         def leaf(x: Tensor) -> Tensor:
             x = x.detach().to(dtype) if rounded else x.detach()
             return x.to(kind).requires_grad_()
@@ -200,7 +200,6 @@ def check(setting: dict, dtype: torch.dtype, length: int = 4096) -> tuple[bool, 
             group, slot = (None if x is None else leaf(x) for x in (far.group_BML, far.slot_BSL))
             here = replace(far, group_BML=group, slot_BSL=slot)
             wanted += [x for x in (group, slot) if x is not None]
-            names.extend(n for n, x in (("dgroup", group), ("dslot", slot)) if x is not None)
         out, _ = dispatch.attend(
             a,
             b,

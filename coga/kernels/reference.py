@@ -65,6 +65,11 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def wide_or_none(x: Tensor | None) -> Tensor | None:
+    """`wide` of what may be absent."""
+    return None if x is None else wide(x)
+
+
 def visible_groups(position: Tensor, window: int, groups: int) -> Tensor:
     """How many groups a token may read: those of windows 0 .. w-2, so max(0, w-1) * G."""
     return (position // window - 1).clamp_min(0) * groups
@@ -104,9 +109,8 @@ def far_at(far: Far | None, position: Tensor) -> tuple[Far | None, tuple[Tensor,
     """`far` in at least float32 for the queries at some positions, and the members that they open."""
     if far is None:
         return None, None
-    slot = None if far.slot_BSL is None else wide(far.slot_BSL)
     opened = None if far.open_BTK is None else far.open_BTK[:, position]
-    group = None if far.group_BML is None else wide(far.group_BML)
+    group, slot = wide_or_none(far.group_BML), wide_or_none(far.slot_BSL)
     far = replace(far, group_BML=group, slot_BSL=slot, open_BTK=opened)
     return far, None if opened is None else gather_members(far, opened)
 
@@ -316,13 +320,10 @@ class _Inputs:
     @classmethod
     def of(cls, q, latent, alpha, sink, far) -> _Inputs:
         if far is not None:
-            wider = {
-                name: None if x is None else wide(x)
-                for name in ("group_BML", "far_bias_H", "slot_BSL")
-                for x in (getattr(far, name),)
-            }
-            far = replace(far, **wider) if far.total else None
-        alpha, sink = (None if x is None else wide(x) for x in (alpha, sink))
+            parts = (far.group_BML, far.far_bias_H, far.slot_BSL)
+            group, bias, slot = map(wide_or_none, parts)
+            far = replace(far, group_BML=group, far_bias_H=bias, slot_BSL=slot) if far.total else None
+        alpha, sink = map(wide_or_none, (alpha, sink))
         return cls(wide(q), wide(latent), alpha, sink, far)
 
     def chunk(self, bounds, content, window, band) -> dict:

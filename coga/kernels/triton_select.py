@@ -158,14 +158,12 @@ def _select_kernel(
 
 def choice_without_scores(
     index_q_BTL: Tensor, empty_BM: Tensor, keep: int, window: int, groups: int
-) -> Tensor | None:
+) -> Tensor:
     """The choice where there is none to make: nothing (K = 0) or all that a token may read (K >= M)."""
     batch, length, _ = index_q_BTL.shape
     total = empty_BM.shape[1]
     if keep == 0 or length == 0:
         return index_q_BTL.new_zeros(batch, length, keep, dtype=torch.int64)
-    if keep < total:
-        return None
     group = torch.arange(total, device=empty_BM.device)
     position = torch.arange(length, device=empty_BM.device)
     seen = group < reference.visible_groups(position, window, groups)[:, None]
@@ -215,9 +213,8 @@ def select(
     batch, length, width = index_q_BTL.shape
     total = group_BML.shape[1]
     keep = min(count, total)
-    easy = choice_without_scores(index_q_BTL, log_size_BM.isinf(), keep, window, groups)
-    if easy is not None:
-        return easy
+    if length == 0 or keep in (0, total):
+        return choice_without_scores(index_q_BTL, log_size_BM.isinf(), keep, window, groups)
     if not has_kernel(index_q_BTL.dtype, keep):
         return reference.select(
             index_q_BTL,

@@ -48,25 +48,25 @@ def _place(offset_ptr, size_ptr, group, total):
 
 
 @triton.jit
+def _part(row, column, live, L: tl.constexpr, WHOLE: tl.constexpr):
+    """Some columns of the slots' latents; a mask only where there is something to leave out."""
+    if live is not None:
+        k = tl.load(row + column[None, :], mask=live[:, None] & (column < L)[None, :], other=0.0)
+    elif WHOLE:
+        k = tl.load(row + column[None, :])
+    else:
+        k = tl.load(row + column[None, :], mask=(column < L)[None, :], other=0.0)
+    return k
+
+
+@triton.jit
 def _scores(q_a, q_b, slot_ptr, slot, live, L: tl.constexpr, LA: tl.constexpr, LB: tl.constexpr):
     """q . k of the slots (BT, BN), -inf where there is no member; all are members where `live` is None."""
-    a = tl.arange(0, LA)
     row = slot_ptr + slot[:, None] * L
-    if live is None and L == LA + LB:
-        k_a = tl.load(row + a[None, :])
-    elif live is None:
-        k_a = tl.load(row + a[None, :], mask=(a < L)[None, :], other=0.0)
-    else:
-        k_a = tl.load(row + a[None, :], mask=live[:, None] & (a < L)[None, :], other=0.0)
+    k_a = _part(row, tl.arange(0, LA), live, L, L == LA + LB)
     s = tl.dot(q_a, tl.trans(k_a), input_precision="ieee")
     if LB > 0:
-        b = LA + tl.arange(0, LB)
-        if live is None and L == LA + LB:
-            k_b = tl.load(row + b[None, :])
-        elif live is None:
-            k_b = tl.load(row + b[None, :], mask=(b < L)[None, :], other=0.0)
-        else:
-            k_b = tl.load(row + b[None, :], mask=live[:, None] & (b < L)[None, :], other=0.0)
+        k_b = _part(row, LA + tl.arange(0, LB), live, L, L == LA + LB)
         s = tl.dot(q_b, tl.trans(k_b), s, input_precision="ieee")
     if live is not None:
         s = tl.where(live[None, :], s, -float("inf"))
@@ -178,9 +178,8 @@ def select_members(
     batch, length, width = index_q_BTL.shape
     total = offset_BM.shape[1]
     keep = min(count, total)
-    easy = choice_without_scores(index_q_BTL, size_BM == 0, keep, window, groups)
-    if easy is not None:
-        return easy
+    if length == 0 or keep in (0, total):
+        return choice_without_scores(index_q_BTL, size_BM == 0, keep, window, groups)
     if not has_kernel(index_q_BTL.dtype, keep):
         return reference.select_members(
             index_q_BTL,

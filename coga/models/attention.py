@@ -155,8 +155,9 @@ class CoGAAttention(nn.Module):
         read = max(0, (length - 1) // layer.window - 1) * layer.groups
         if read == 0:
             return grouping, None
+        far = (q_BTHL, mean_q_BTL, latent_BTL[:, :end], read, grouping, context)
         if not self.config.summaries:
-            return grouping, self._far(q_BTHL, mean_q_BTL, latent_BTL[:, :end], None, None, grouping, context)
+            return grouping, self._far(*far)
         with torch.autocast(x_BTD.device.type, enabled=False):
             raw = pool(latent_BTL[:, :end], grouping)
         sizes = log_size(grouping.size_BM, raw.dtype)
@@ -171,8 +172,8 @@ class CoGAAttention(nn.Module):
             refined = self.group_level(
                 state, raw, sizes, self.projections, table, self.warmth(context), context.backend
             )
-        parts = (refined[:, :read].to(q_BTHL.dtype), sizes[:, :read])
-        return grouping, self._far(q_BTHL, mean_q_BTL, latent_BTL[:, :end], *parts, grouping, context)
+        group = refined[:, :read].to(q_BTHL.dtype)
+        return grouping, self._far(*far, group.contiguous(), sizes[:, :read].contiguous())
 
     def _form(self, latent: Tensor, windows: int, batch: int, context: CallContext) -> Grouping:
         width = self.layer.window
@@ -191,14 +192,23 @@ class CoGAAttention(nn.Module):
             ),
         )
 
-    def _far(self, q, mean_q, latent, group, log_sizes, grouping: Grouping, context: CallContext) -> Far:
-        """The groups that some token may read, with the selection of each token."""
+    def _far(
+        self,
+        q,
+        mean_q,
+        latent,
+        read: int,
+        grouping: Grouping,
+        context: CallContext,
+        group=None,
+        log_sizes=None,
+    ) -> Far:
+        """The `read` groups that some token may read, with the selection of each token."""
         layer = self.layer
-        read = max(0, (q.shape[1] - 1) // layer.window - 1) * layer.groups
         bias, shift = self.far_weights(context)
         far = Far(
-            group_BML=None if group is None else group.contiguous(),
-            log_size_BM=None if log_sizes is None else log_sizes.contiguous(),
+            group_BML=group,
+            log_size_BM=log_sizes,
             far_bias_H=bias,
             slot_BSL=None,
             offset_BM=grouping.offset_BM[:, :read].contiguous(),

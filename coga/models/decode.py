@@ -20,7 +20,15 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from coga.grouping import GroupingContext, pool
-from coga.kernels.reference import attend_chunk, gather_members, rounding_step, select, select_members, wide
+from coga.kernels.reference import (
+    attend_chunk,
+    gather_members,
+    rounding_step,
+    select,
+    select_members,
+    wide,
+    wide_or_none,
+)
 from coga.models.attention import CoGAAttention, log_size
 from coga.models.context import Alignment, CallContext
 from coga.models.mha import MultiHeadAttention
@@ -145,8 +153,8 @@ class _Piece:
             key_query is not None
         ):  # the ring may reach further back than the keys do, never less than the band
             key_query = key_query[:, -key.shape[1] :]
-        if far is not None and far.group_BML is not None:
-            far = replace(far, group_BML=wide(far.group_BML))
+        if far is not None:
+            far = replace(far, group_BML=wide_or_none(far.group_BML))
         mixed, _ = attend_chunk(
             wide(q),
             self.position_Bt,
