@@ -17,7 +17,7 @@ MLPS = ("relu2", "swiglu")
 SELECTIONS = ("summary", "members")
 LARGEST_SCORE = 1e4
 # What a config.json meant that was written before there was such a field.
-BEFORE: dict[str, Any] = {"selection": "summary", "summaries": True}
+BEFORE: dict[str, Any] = {"selection": "summary", "summaries": True, "index_weight": 0.0}
 
 
 def _bad(field: str, value: object, rule: str) -> ValueError:
@@ -78,6 +78,7 @@ class CoGAConfig:
         grouping       "gumbel", "contiguous", "kmeans" or "random"; one or one per layer
         open_groups    K, groups a token reads member by member; one, one per layer, or None for 512/R
         selection      what a token opens a group for: the best of its "members", or its "summary"
+        index_weight   weight of the loss that teaches the selection which heads to listen to (0: all alike)
         summaries      groups that a token does not open are read through their means (off: not at all; then
                        nothing but the coherence loss moves prototypes)
         capacity_factor  a group holds at most ceil(capacity_factor * R) tokens; one or one per layer
@@ -129,6 +130,7 @@ class CoGAConfig:
     grouping: str | tuple[str, ...] = "gumbel"
     open_groups: int | tuple[int, ...] | None = None
     selection: str = "members"
+    index_weight: float = 0.01
     summaries: bool = True
     capacity_factor: float | tuple[float, ...] = 1.0
     refine_steps: int = 4
@@ -179,7 +181,7 @@ class CoGAConfig:
         for name in ("tau_start", "tau_end"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise _bad(name, getattr(self, name), "must be a finite number above 0")
-        for name in ("noise", "hysteresis", "coherence_weight", "revive", "entropy_weight"):
+        for name in ("noise", "hysteresis", "coherence_weight", "revive", "entropy_weight", "index_weight"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise _bad(name, getattr(self, name), "must be a finite number, at least 0")
         for name in ("beta", "noise", "hysteresis"):  # scores are ranked as integers of a fixed step

@@ -28,7 +28,7 @@ __all__ = ["dense_twin", "kept", "load_start", "save_start", "start_folder"]
 
 # Fields that change nothing in a model without groups.
 GROUPS_ONLY = (
-    "grouping", "open_groups", "selection", "summaries", "capacity_factor", "refine_steps",
+    "grouping", "open_groups", "selection", "index_weight", "summaries", "capacity_factor", "refine_steps",
     "refine_gradient", "beta", "kmeans_steps", "refine_groups", "reciprocal_groups", "far_bias_init",
     "far_warmup", "noise", "tau_start", "tau_end", "tau_steps", "slow_prototypes", "slow_decay", "hysteresis",
     "coherence_weight", "freeze_step", "revive",

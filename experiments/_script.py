@@ -33,6 +33,7 @@ from torch import Tensor
 
 from coga.data import Corpus, batches
 from coga.models import CoGAGPT
+from coga.models.index_fit import fit_index
 from coga.models.prototypes import fit_prototypes
 
 __all__ = [
@@ -133,7 +134,8 @@ def read_as(
 ) -> CoGAGPT:
     """A copy under another pattern, group summaries with this bias; what is fresh is what groups add.
 
-    text_BT  where learned groupings find their prototypes by k-means; None, or no whole window: random ones
+    text_BT  where learned groupings find their prototypes (k-means), and selections their heads; None, or too
+             short for it: random ones, and all heads alike
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -144,7 +146,10 @@ def read_as(
                 parameter.fill_(far_bias)
     windows = [layer.window for layer in map(other.config.layer, range(other.config.n_layer)) if layer.groups]
     if text_BT is not None and windows and text_BT.shape[1] >= max(windows):
-        fit_prototypes(other, text_BT.to(other.embedding.weight.device), other.config.seed)
+        text_BT = text_BT.to(other.embedding.weight.device)
+        fit_prototypes(other, text_BT, other.config.seed)
+        if text_BT.shape[1] > 2 * max(windows):
+            fit_index(other, text_BT)
     return other
 
 

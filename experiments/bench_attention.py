@@ -41,14 +41,15 @@ from coga.models.mha import MultiHeadAttention
 DIM, HEADS = 768, 12
 FIXED = dict(
     latent_dim=64, rope_dim=32, window=512, layers="32", open_groups=16, capacity_factor=1.0,
-    refine_groups=True, reciprocal_groups=True, selection="summary",
+    refine_groups=True, reciprocal_groups=True, selection="summary", index_weight=0.0,
 )  # fmt: skip
 LETTERS = {"C": "latent_dim", "P": "rope_dim", "W": "window", "R": "layers", "K": "open_groups",
            "refine": "refine_groups", "steps": "refine_steps", "members": "selection",
-           "summaries": "summaries", "cap": "capacity_factor"}  # fmt: skip
+           "index": "index_weight", "summaries": "summaries", "cap": "capacity_factor"}  # fmt: skip
 CHOICES = {  # by number, 0 or 1
     "refine_groups": (False, True),
     "selection": ("summary", "members"),
+    "index_weight": (0.0, CoGAConfig.index_weight),
     "summaries": (False, True),
 }
 
@@ -371,18 +372,18 @@ def parts_of(setting: dict, length: int, tokens: int, dtype: torch.dtype, repeat
         content=projections.content, band=config.band, alpha_H=module.alpha_H, sink_H=module.sink_H
     )
     with torch.no_grad():
-        q, latent, mean_q = projections.enter(x, table_, "auto")
-        _, far = module._groups(x, q, latent, context, mean_q)
+        q, latent, index_q = projections.enter(x, table_, "auto", module.index_H)
+        _, far = module._groups(x, q, latent, context, index_q)
         closed = replace(far, open_BTK=None, slot_BSL=None)
         score = torch.randn(batch * length // layer.window, layer.window, layer.groups, device="cuda")
         mixed, _ = dispatch.attend(q, latent, window=layer.window, far=far, **options)
         pieces = {
             "projections in": lambda: projections.enter(x, table_, "auto"),
             "grouping, pooling, group level, selection": lambda: module._groups(
-                x, q, latent, context, mean_q
+                x, q, latent, context, index_q
             ),
             "capacity assignment": lambda: dispatch.assign(score, layer.slots),
-            "selection": lambda: module.choose(mean_q, far, "auto"),
+            "selection": lambda: module.choose(index_q, far, "auto"),
             "near": lambda: dispatch.attend(q, latent, window=layer.window, **options),
             "near + far": lambda: dispatch.attend(q, latent, window=layer.window, far=closed, **options),
             "near + far + opened": lambda: dispatch.attend(

@@ -299,16 +299,17 @@ _LAYOUT = (torch.Tag.flexible_layout,)
 
 @torch.library.custom_op("coga::project", mutates_args=(), tags=_LAYOUT)
 def _project(
-    x: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, content: int, eps: float
+    x: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, index: Tensor | None, content: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     from coga.kernels import triton_project
 
-    tensors = (t.contiguous() for t in (cos, sin, gain))
-    return triton_project.project(x, *tensors, content=content, eps=eps)
+    cos, sin, gain = (t.contiguous() for t in (cos, sin, gain))
+    index = None if index is None else index.contiguous()
+    return triton_project.project(x, cos, sin, gain, index, content=content, eps=eps)
 
 
 @_project.register_fake
-def _(x, cos, sin, gain, content, eps):
+def _(x, cos, sin, gain, index, content, eps):
     width = content + 2 * cos.shape[-1]
     extra = x.shape[-1] // width - len(gain)
     rows = x.shape[:2]
@@ -341,12 +342,12 @@ def _(dq, dlatent, x, cos, sin, gain, content, eps):
 def _project_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(*inputs[:4])
-    ctx.rest = inputs[4:]
+    ctx.rest = inputs[5:]
 
 
-def _project_autograd(ctx, dq, dlatent, _dmean):
+def _project_autograd(ctx, dq, dlatent, _dindex):
     dx, dgain = _project_backward(dq, dlatent, *ctx.saved_tensors, *ctx.rest)
-    return dx, None, None, dgain, None, None
+    return dx, None, None, dgain, None, None, None
 
 
 _project.register_autograd(_project_autograd, setup_context=_project_setup)
@@ -359,10 +360,16 @@ def fuses_projections(backend: str, x: Tensor) -> bool:
 
 
 def project(
-    x_BTX: Tensor, table: tuple[Tensor, Tensor], gain_H: Tensor, *, content: int, eps: float
+    x_BTX: Tensor,
+    table: tuple[Tensor, Tensor],
+    gain_H: Tensor,
+    index_H: Tensor | None,
+    *,
+    content: int,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`triton_project.project`, where `fuses_projections`; the mean query has no gradient."""
-    return _project(x_BTX, *table, gain_H, content, eps)
+    """`triton_project.project`, where `fuses_projections`; the index query has no gradient."""
+    return _project(x_BTX, *table, gain_H, index_H, content, eps)
 
 
 # --------------------------------------------------------------------------------------------- select

@@ -1,11 +1,11 @@
-"""Raw projections to queries and latents in Triton: norms, rotation, gain and mean query in one pass.
+"""Raw projections to queries and latents in Triton: norms, rotation, gain and index query in one pass.
 
     n(y) = y / sqrt(mean(y^2) + eps)
     q_h = g_h / sqrt(L) [n(x_h[:C]), rope(n(x_h[C:]))]        latent = [n(x_H[:C]), rope(n(x_H[C:]))]
-    mean = sum_h q_h / H                                       what the selection scores groups with
+    index = sum_h w_h q_h        (w_h = 1/H without weights)    what the selection scores groups with
 
 A row of x holds the L columns of each head and, with LATENT, those of the latent after them. Forward reads x
-once and writes q, latent and mean once; backward reads x and the gradients and writes dx once. Rows of x may
+once and writes q, latent and index once; backward reads x and the gradients and writes dx once. Rows of x may
 lie further apart than they are wide: compilers pad the output of a matrix product. Everything is computed in
 float32 and rounded at the end. The plain twin is `coga.models.latent.LatentProjections`.
 
@@ -61,9 +61,10 @@ def _forward_kernel(
     cos_ptr,
     sin_ptr,
     gain_ptr,
+    weight_ptr,
     q_ptr,
     latent_ptr,
-    mean_ptr,
+    index_ptr,
     count,
     places,
     stride,
@@ -73,6 +74,7 @@ def _forward_kernel(
     C: tl.constexpr,
     P: tl.constexpr,
     LATENT: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
     BR: tl.constexpr,
@@ -85,9 +87,9 @@ def _forward_kernel(
     if P > 0:
         cos = _turned(cos_ptr, n, rows, r, places, P)
         sin = _turned(sin_ptr, n, rows, r, places, P)
-    mean_c = tl.zeros([BT, BC], tl.float32)
-    mean_a = tl.zeros([BT, BR], tl.float32)
-    mean_b = tl.zeros([BT, BR], tl.float32)
+    index_c = tl.zeros([BT, BC], tl.float32)
+    index_a = tl.zeros([BT, BR], tl.float32)
+    index_b = tl.zeros([BT, BR], tl.float32)
     kind: tl.constexpr = q_ptr.dtype.element_ty
     for h in range(0, H + LATENT):
         x, a, b = _parts(x_ptr + n[:, None] * stride + h * L, rows, c, r, C, P)
@@ -101,13 +103,16 @@ def _forward_kernel(
             a = first
         if h < H:
             _store(q_ptr + n[:, None] * (H * L) + h * L, rows, c, r, x, a, b, C, P)
-            mean_c += x.to(kind).to(tl.float32)
+            weight = 1.0 / H
+            if WEIGHTED:
+                weight = tl.load(weight_ptr + h).to(tl.float32)
+            index_c += x.to(kind).to(tl.float32) * weight
             if P > 0:
-                mean_a += a.to(kind).to(tl.float32)
-                mean_b += b.to(kind).to(tl.float32)
+                index_a += a.to(kind).to(tl.float32) * weight
+                index_b += b.to(kind).to(tl.float32) * weight
         else:
             _store(latent_ptr + n[:, None] * L, rows, c, r, x, a, b, C, P)
-    _store(mean_ptr + n[:, None] * L, rows, c, r, mean_c / H, mean_a / H, mean_b / H, C, P)
+    _store(index_ptr + n[:, None] * L, rows, c, r, index_c, index_a, index_b, C, P)
 
 
 @triton.jit(do_not_specialize=["count", "places"])
@@ -203,26 +208,47 @@ def _rows(x_BTX: Tensor) -> tuple[Tensor, int]:
 
 
 def project(
-    x_BTX: Tensor, cos: Tensor, sin: Tensor, gain_H: Tensor, *, content: int, eps: float
+    x_BTX: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    gain_H: Tensor,
+    index_H: Tensor | None,
+    *,
+    content: int,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q (B, T, H, L), latent (B, T, L) and mean query (B, T, L), in the dtype of x; cos, sin contiguous.
+    """q (B, T, H, L), latent (B, T, L) and index query (B, T, L), in the dtype of x; cos, sin contiguous.
 
     x_BTX     (B, T, H L) or, with the columns of the latent, (B, T, (H + 1) L); without them latent is empty
     cos, sin  (T, P/2) or (B, T, P/2)
+    index_H   weights of the heads in the index query; None for their mean
     """
     heads, rows = len(gain_H), x_BTX.shape[:2]
     width = content + 2 * cos.shape[-1]
     grid, options = _launch(x_BTX, cos, heads, content)
     q = x_BTX.new_empty(*rows, heads, width)
     latent = x_BTX.new_empty(*rows, width if options["LATENT"] else 0)
-    mean = x_BTX.new_empty(*rows, width)
+    index = x_BTX.new_empty(*rows, width)
     count, places = rows.numel(), max(1, cos.shape[:-1].numel())
     x_BTX, stride = _rows(x_BTX)
-    outputs = (q, latent if options["LATENT"] else q, mean)
+    weights = gain_H if index_H is None else index_H
+    outputs = (q, latent if options["LATENT"] else q, index)
     _forward_kernel[grid](
-        x_BTX, cos, sin, gain_H, *outputs, count, places, stride, eps, width**-0.5, **options
+        x_BTX,
+        cos,
+        sin,
+        gain_H,
+        weights,
+        *outputs,
+        count,
+        places,
+        stride,
+        eps,
+        width**-0.5,
+        WEIGHTED=index_H is not None,
+        **options,
     )
-    return q, latent, mean
+    return q, latent, index
 
 
 def project_backward(

@@ -22,6 +22,7 @@ from coga.kernels import dispatch
 from coga.models.context import CallContext
 from coga.models.entropy import entropy_shortfall
 from coga.models.group_level import GroupLevel
+from coga.models.index import index_loss, index_query
 from coga.models.latent import LatentProjections
 from coga.types import Far, Grouping
 
@@ -55,9 +56,9 @@ def log_size(size_BM: Tensor, dtype: torch.dtype) -> Tensor:
 class CoGAAttention(nn.Module):
     """Attention layer of kind "near", "full" or "group".
 
-    Parameters beyond the projections: sink_H, alpha_H (reciprocal term), and for groups far_bias_H, the
-    grouping's prototypes and the group level. `route_full`: with K >= M the exact kernel computes the same,
-    but for the weights of a far field that is being faded in.
+    Parameters beyond the projections: sink_H, alpha_H (reciprocal term), and for groups index_H, far_bias_H,
+    the grouping's prototypes and the group level. `route_full`: with K >= M the exact kernel computes the
+    same, but for the weights of a far field that is being faded in.
     """
 
     def __init__(self, config: CoGAConfig, layer: LayerConfig) -> None:
@@ -68,13 +69,15 @@ class CoGAAttention(nn.Module):
         self.rotary = config.rope_dim
         self.sink_H = nn.Parameter(torch.zeros(heads)) if config.sink else None
         self.alpha_H = nn.Parameter(torch.zeros(heads)) if config.reciprocal else None
-        self.grouping = self.group_level = None
+        self.grouping = self.group_level = self.index_H = None
         self.route_full = config.far_warmup == 0
         if layer.kind == "group":
             bias = torch.full((heads,), config.far_bias_init)
             self.far_bias_H = nn.Parameter(bias) if config.summaries else None
             self.grouping = build_grouping(config, layer)
             self.group_level = GroupLevel(config, layer) if config.refine_groups else None
+            if layer.open_groups > 0 and config.index_weight > 0:
+                self.index_H = nn.Parameter(torch.full((heads,), 1 / heads))
 
     def warmth(self, context: CallContext) -> Tensor | float:
         """Share of the reciprocal term that is on at this step: min(1, step / alpha_warmup)."""
@@ -98,10 +101,10 @@ class CoGAAttention(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: CallContext) -> AttentionOutput:
         table = context.tables[self.projections.rotary]
-        q, latent, mean_q = self.projections.enter(x_BTD, table, context.backend)
+        q, latent, chooser = self.projections.enter(x_BTD, table, context.backend, self.index_H)
         grouping, far = None, None
         if self.layer.kind == "group":
-            grouping, far = self._groups(x_BTD, q, latent, context, mean_q)
+            grouping, far = self._groups(x_BTD, q, latent, context, chooser)
         window = None if self.layer.kind == "full" else self.layer.window
         if far is not None and self._opens_all(far.total):
             far, window = None, None
@@ -119,6 +122,15 @@ class CoGAAttention(nn.Module):
         losses: dict[str, Tensor] = {}
         if context.training and grouping is not None and grouping.stats is not None:
             losses["coherence"] = grouping.stats.coherence_loss
+        if context.training and self.index_H is not None and x_BTD.shape[1] > 2 * self.layer.window:
+            losses["index"] = index_loss(
+                q,
+                latent,
+                self.index_H,
+                sink_H=self.sink_H,
+                window=self.layer.window,
+                length_B=context.length_B,
+            )
         if context.training and self.config.entropy_weight > 0:
             losses["entropy"] = entropy_shortfall(
                 q,
@@ -142,7 +154,7 @@ class CoGAAttention(nn.Module):
         q_BTHL: Tensor,
         latent_BTL: Tensor,
         context: CallContext,
-        mean_q_BTL: Tensor | None = None,
+        index_q_BTL: Tensor | None = None,
     ) -> tuple[Grouping | None, Far | None]:
         """Form the groups of the closed windows; `Far` holds those that some token of the call may read."""
         layer, batch, length = self.layer, x_BTD.shape[0], x_BTD.shape[1]
@@ -155,7 +167,7 @@ class CoGAAttention(nn.Module):
         read = max(0, (length - 1) // layer.window - 1) * layer.groups
         if read == 0:
             return grouping, None
-        far = (q_BTHL, mean_q_BTL, latent_BTL[:, :end], read, grouping, context)
+        far = (q_BTHL, index_q_BTL, latent_BTL[:, :end], read, grouping, context)
         if not self.config.summaries:
             return grouping, self._far(*far)
         with torch.autocast(x_BTD.device.type, enabled=False):
@@ -195,7 +207,7 @@ class CoGAAttention(nn.Module):
     def _far(
         self,
         q,
-        mean_q,
+        index_q,
         latent,
         read: int,
         grouping: Grouping,
@@ -220,8 +232,9 @@ class CoGAAttention(nn.Module):
         if layer.open_groups == 0:
             return far
         far = replace(far, slot_BSL=dispatch.permute(latent, grouping.order_BS), open_shift=shift)
-        chooser = q.mean(2) if mean_q is None else mean_q
-        return replace(far, open_BTK=self.choose(chooser, far, context.backend))
+        if index_q is None:
+            index_q = index_query(q, self.index_H)
+        return replace(far, open_BTK=self.choose(index_q, far, context.backend))
 
     def choose(self, index_q_BTL: Tensor, far: Far, backend: str) -> Tensor:
         """The groups (B, T, K) that each token opens, by their summaries or by their members."""

@@ -31,6 +31,7 @@ from coga.kernels.reference import (
 )
 from coga.models.attention import CoGAAttention, log_size
 from coga.models.context import Alignment, CallContext
+from coga.models.index import index_query
 from coga.models.mha import MultiHeadAttention
 from coga.models.state import DecodeState, LayerState
 from coga.types import Far
@@ -263,7 +264,7 @@ class _Piece:
         offset = size.cumsum(-1) - size
         if config.open_groups > 0:
             slot = layer["slot"].to(q.dtype)
-            chooser, at, step = q.mean(2), self.position_Bt, rounding_step(q.dtype)
+            chooser, at, step = index_query(q, module.index_H), self.position_Bt, rounding_step(q.dtype)
             options = dict(count=config.open_groups, window=config.window, groups=config.groups)
             if self.state.config.selection == "members":
                 options["slots"] = config.slots

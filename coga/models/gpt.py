@@ -230,6 +230,7 @@ class CoGAGPT(nn.Module):
         weights = {
             "coherence": self.config.coherence_weight,
             "entropy": self.config.entropy_weight,
+            "index": self.config.index_weight,
         }
         found = {name: [one[name] for one in losses if name in one] for name, w in weights.items() if w > 0}
         return {name: weights[name] * torch.stack(each).mean() for name, each in found.items() if each}

@@ -52,12 +52,16 @@ class LatentProjections(nn.Module):
         return torch.cat([content, rotate(rms_norm(rotary, self.eps), table)], -1)
 
     def enter(
-        self, x_BTD: Tensor, table: tuple[Tensor, Tensor], backend: str
+        self,
+        x_BTD: Tensor,
+        table: tuple[Tensor, Tensor],
+        backend: str,
+        index_H: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`queries`, `latents` and, where it comes for free, the mean of the queries over heads (B, T, L)."""
+        """`queries`, `latents` and, where it comes for free, `coga.models.index.index_query` (B, T, L)."""
         if dispatch.fuses_projections(backend, x_BTD):
             raw = linear(x_BTD, torch.cat([self.query.weight, self.latent.weight]))
-            return dispatch.project(raw, table, self.gain_H, content=self.content, eps=self.eps)
+            return dispatch.project(raw, table, self.gain_H, index_H, content=self.content, eps=self.eps)
         return self.queries(x_BTD, table), self.latents(x_BTD, table), None
 
     def queries(self, x_BTD: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:

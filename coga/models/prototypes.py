@@ -9,16 +9,17 @@ Legend: B batch, T tokens, G groups in a window, X tokens of all windows, C cont
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from sklearn.cluster import KMeans
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from coga.grouping.gumbel import CONTENT_EPS, GumbelGrouping
 from coga.models.gpt import CoGAGPT
 
-__all__ = ["fit_prototypes"]
+__all__ = ["fit_prototypes", "visit"]
 
 SAMPLES = 2**13  # rows that k-means sees
 STARTS = 2
@@ -50,14 +51,19 @@ def fit_prototypes(model: CoGAGPT, tokens_BT: Tensor, seed: int = 0) -> int:
             target.copy_(centre_GC)
         module.use_G.fill_(1 / module.groups)
 
-    hooks = [one.register_forward_pre_hook(fit) for one in fitted]
+    visit(model, fitted, fit, tokens_BT)
+    return len(fitted)
+
+
+def visit(model: CoGAGPT, modules: Sequence[nn.Module], hook: Callable, tokens_BT: Tensor) -> None:
+    """One forward pass in eval mode, with a forward pre-hook on each of the modules; none: no pass."""
+    hooks = [one.register_forward_pre_hook(hook) for one in modules]
     was_training = model.training
     model.eval()
     try:
-        if fitted:
+        if modules:
             model(tokens_BT, return_logits=False)
     finally:
         model.train(was_training)
-        for hook in hooks:
-            hook.remove()
-    return len(fitted)
+        for one in hooks:
+            one.remove()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from coga import CoGAConfig
+from coga.models.index import index_query
 from coga.models.latent import LatentProjections
 from coga.models.rotary import rotary_table
 
@@ -26,21 +27,24 @@ SHAPES = {
 }
 
 
-def outputs(module: LatentProjections, x: torch.Tensor, grads: list, backend: str) -> list[torch.Tensor]:
-    """q, latent, mean and the gradients of x, gain and weights, in float64."""
+def outputs(
+    module: LatentProjections, x: torch.Tensor, grads: list, backend: str, weights: torch.Tensor | None
+) -> list[torch.Tensor]:
+    """q, latent, index query and the gradients of x, gain and weights, in float64."""
     x = x.detach().clone().requires_grad_()
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
     position = torch.arange(x.shape[1], device="cuda")
-    q, latent, mean = module.enter(x, rotary_table(position, module.rotary, 1e4, kind), backend)
-    mean = q.mean(2) if mean is None else mean
+    q, latent, index = module.enter(x, rotary_table(position, module.rotary, 1e4, kind), backend, weights)
+    index = index_query(q, weights) if index is None else index
     wanted = (x, module.gain_H, module.query.weight, module.latent.weight)
     found = torch.autograd.grad((q, latent), wanted, [g.to(q.dtype) for g in grads])
-    return [t.detach().double() for t in (q, latent, mean, *found)]
+    return [t.detach().double() for t in (q, latent, index, *found)]
 
 
 @pytest.mark.parametrize("dtype", list(FLOOR), ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
-def test_error_at_most_twice_plain(name, dtype):
+def test_error_at_most_twice_plain(name, dtype, weighted):
     shape = SHAPES[name]
     heads, content, rotary = shape["heads"], shape["content"], shape["rotary"]
     config = CoGAConfig(
@@ -56,8 +60,9 @@ def test_error_at_most_twice_plain(name, dtype):
     width = content + rotary
     grads = [torch.randn(*x.shape[:2], *rest, device="cuda") for rest in ((heads, width), (width,))]
     grads = [g.to(dtype) for g in grads]
-    truth = outputs(exact, x.double(), grads, "reference")
-    ours, plain = (outputs(module, x, grads, backend) for backend in ("triton", "reference"))
+    weights = torch.randn(heads, device="cuda") if weighted else None
+    truth = outputs(exact, x.double(), grads, "reference", weights)
+    ours, plain = (outputs(module, x, grads, backend, weights) for backend in ("triton", "reference"))
     for a, b, c in zip(ours, plain, truth, strict=True):
         norm = c.norm().clamp_min(1e-30)
         assert (a - c).norm() / norm <= 2 * (b - c).norm() / norm + FLOOR[dtype]

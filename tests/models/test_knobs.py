@@ -55,6 +55,7 @@ CHANGED: dict[str, tuple[object, dict]] = {
     "grouping": ("kmeans", {}),
     "open_groups": (1, {}),
     "selection": ("members", {}),
+    "index_weight": (0.0, {}),
     "summaries": (False, dict(selection="members", refine_groups=False)),
     "capacity_factor": (1.5, {}),
     "refine_steps": (1, {}),
@@ -202,14 +203,15 @@ def test_forward_writes_no_buffer_and_no_parameter(grouping, train):
 
 
 def test_extra_losses_are_named_weighted_and_only_in_training():
-    config = small_config(coherence_weight=0.5, entropy_weight=0.25)
+    config = small_config(coherence_weight=0.5, entropy_weight=0.25, index_weight=0.125)
     model = perturb(CoGAGPT(config).double()).train()
     data = real_bytes(2, LONGEST)
     out = model(data, targets=data)
-    assert out.aux.keys() == {"coherence", "entropy"}
-    assert_close(out.total_loss, out.loss + out.aux["coherence"] + out.aux["entropy"])
-    doubled = other_layers(model, config.layers, coherence_weight=1.0, entropy_weight=0.75)
+    assert out.aux.keys() == {"coherence", "entropy", "index"}
+    assert_close(out.total_loss, out.loss + sum(out.aux.values()))
+    doubled = other_layers(model, config.layers, coherence_weight=1.0, entropy_weight=0.75, index_weight=0.5)
     more = doubled(data, targets=data).aux
     assert_close(more["coherence"], 2 * out.aux["coherence"])
     assert_close(more["entropy"], 3 * out.aux["entropy"])
+    assert_close(more["index"], 4 * out.aux["index"])
     assert not model.eval()(data, targets=data).aux

@@ -7,6 +7,7 @@ import torch
 
 from coga import CoGAConfig
 from coga.kernels import dispatch
+from coga.models.index import index_query
 from coga.models.latent import LatentProjections
 from coga.models.rotary import rotary_table
 
@@ -35,23 +36,27 @@ def scene(heads, content, rotary, length, batch=1, own_table=False):
     return module, x, rotary_table(position, rotary, 1e4, torch.float32)
 
 
-def run(module, x, table, backend):
+def run(module, x, table, backend, weights):
     """Outputs, then gradients of x, the gain and both projections."""
     x = x.clone().requires_grad_()
-    q, latent, mean = module.enter(x, table, backend)
+    q, latent, index = module.enter(x, table, backend, weights)
     g = torch.Generator().manual_seed(0)
     grads = [torch.randn(t.shape, generator=g) for t in (q, latent)]
     wanted = (x, module.gain_H, module.query.weight, module.latent.weight)
-    if mean is None:
-        mean = q.detach().mean(2)
-    assert not mean.requires_grad
-    return [q, latent, mean, *torch.autograd.grad((q, latent), wanted, grads)]
+    if index is None:
+        index = index_query(q.detach(), weights)
+    assert not index.requires_grad
+    return [q, latent, index, *torch.autograd.grad((q, latent), wanted, grads)]
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
-def test_values_and_gradients(name):
+def test_values_and_gradients(name, weighted):
     module, x, table = scene(**SHAPES[name])
-    for ours, plain in zip(*(run(module, x, table, b) for b in ("triton", "reference")), strict=True):
+    weights = torch.randn(module.heads) if weighted else None
+    for ours, plain in zip(
+        *(run(module, x, table, b, weights) for b in ("triton", "reference")), strict=True
+    ):
         assert ours.shape == plain.shape
         assert (ours - plain).norm() <= 2e-6 * plain.norm()
 
@@ -60,7 +65,7 @@ def test_queries_alone():
     """Without the columns of the latent, as groups have no use for one."""
     module, x, table = scene(heads=3, content=16, rotary=8, length=21)
     raw = module.query(x).detach().requires_grad_()
-    q, latent, _ = dispatch.project(raw, table, module.gain_H, content=16, eps=module.eps)
+    q, latent, _ = dispatch.project(raw, table, module.gain_H, None, content=16, eps=module.eps)
     expected = module.queries(x, table)
     assert latent.numel() == 0 and (q - expected).norm() <= 2e-6 * expected.norm()
     grad = torch.randn_like(q)
@@ -79,10 +84,10 @@ def test_rows_of_any_layout(layout):
         "no-common-stride": torch.zeros(2, 9, 128)[:, :7, :96],
         "transposed": torch.zeros(2, 96, 7).mT,
     }[layout].copy_(x)
-    results = []
+    results, weights = [], torch.rand(3)
     for raw in (x, given):
         raw = raw.detach().requires_grad_()
-        out = dispatch.project(raw, table, module.gain_H, content=16, eps=module.eps)
+        out = dispatch.project(raw, table, module.gain_H, weights, content=16, eps=module.eps)
         grads = torch.autograd.grad([*out[:2]], [raw, module.gain_H], [torch.ones_like(t) for t in out[:2]])
         results.append([*out, *grads])
     assert not given.is_contiguous()
@@ -93,4 +98,6 @@ def test_rows_of_any_layout(layout):
 def test_opcheck():
     module, _, table = scene(heads=3, content=16, rotary=8, length=7)
     raw = torch.randn(2, 7, 4 * 24, requires_grad=True)
-    torch.library.opcheck(torch.ops.coga.project, (raw, *table, module.gain_H.detach(), 16, 1e-6))
+    for weights in (None, torch.rand(3)):
+        numbers = (module.gain_H.detach(), weights, 16, 1e-6)
+        torch.library.opcheck(torch.ops.coga.project, (raw, *table, *numbers))
