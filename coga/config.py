@@ -80,7 +80,8 @@ class CoGAConfig:
         selection      what a token opens a group for: the best of its "members", or its "summary"
         index_weight   weight of the loss that teaches the selection which heads to listen to (0: all alike)
         summaries      groups that a token does not open are read through their means (off: not at all; then
-                       nothing but the coherence loss moves prototypes)
+                       nothing but the coherence loss moves prototypes); None: where K, selection or
+                       refine_groups need them
         capacity_factor  a group holds at most ceil(capacity_factor * R) tokens; one or one per layer
         refine_steps   soft k-means steps that start from the prototypes; beta: scale of their cosine logits
         refine_gradient "last" (straight through the earlier steps) or "all"
@@ -131,7 +132,7 @@ class CoGAConfig:
     open_groups: int | tuple[int, ...] | None = None
     selection: str = "members"
     index_weight: float = 0.01
-    summaries: bool = True
+    summaries: bool | None = None
     capacity_factor: float | tuple[float, ...] = 1.0
     refine_steps: int = 4
     refine_gradient: str = "last"
@@ -200,6 +201,8 @@ class CoGAConfig:
             raise _bad("revive", self.revive, "must be below 1 (a share of the mean use)")
         if self.freeze_step is not None and self.freeze_step < 0:
             raise _bad("freeze_step", self.freeze_step, "must be None or at least 0")
+        if self.summaries is None:
+            object.__setattr__(self, "summaries", self._needs_summaries())
         if not self.summaries and self.selection != "members":
             raise _bad("summaries", False, "needs selection='members', which compares no summaries")
         if not self.summaries and self.refine_groups:
@@ -261,6 +264,12 @@ class CoGAConfig:
         if layer.kind == "group" and layer.window % layer.group_size:
             rule = f"must be a multiple of every group size in layers={self.layers!r}"
             raise _bad("window", layer.window, rule)
+
+    def _needs_summaries(self) -> bool:
+        unopened = any(
+            one.kind == "group" and one.open_groups == 0 for one in map(self.layer, range(self.n_layer))
+        )
+        return unopened or self.selection == "summary" or self.refine_groups
 
     def _per_layer(self, name: str, index: int) -> Any:
         value = getattr(self, name)

@@ -48,6 +48,7 @@ PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("gates", ("projections.gate.weight",)),
     ("sinks", ("sink_H",)),
     ("alpha", ("attention.alpha_H",)),
+    ("index", ("attention.index_H",)),
     ("far bias", ("far_bias_H",)),
     ("prototypes", ("prototypes_GC",)),
     ("mha qkv", ("attention.qkv.weight",)),

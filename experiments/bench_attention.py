@@ -41,7 +41,8 @@ from coga.models.mha import MultiHeadAttention
 DIM, HEADS = 768, 12
 FIXED = dict(
     latent_dim=64, rope_dim=32, window=512, layers="32", open_groups=16, capacity_factor=1.0,
-    refine_groups=True, reciprocal_groups=True, selection="summary", index_weight=0.0,
+    refine_groups=True, reciprocal_groups=True, selection="summary", summaries=True,
+    index_weight=0.0,
 )  # fmt: skip
 LETTERS = {"C": "latent_dim", "P": "rope_dim", "W": "window", "R": "layers", "K": "open_groups",
            "refine": "refine_groups", "steps": "refine_steps", "members": "selection",

@@ -92,6 +92,15 @@ def test_groups_without_summaries_must_be_opened_by_members(changes, rule):
     CoGAConfig(layers="32", summaries=False, coherence_weight=0.0, grouping="contiguous")
 
 
+def test_summaries_are_read_where_something_needs_them():
+    assert CoGAConfig(layers="32").summaries is False
+    assert CoGAConfig(layers="32", selection="summary").summaries is True
+    assert CoGAConfig(layers="32", refine_groups=True).summaries is True
+    assert CoGAConfig(layers="32", open_groups=0).summaries is True
+    assert CoGAConfig(layers="near", open_groups=0).summaries is False
+    assert CoGAConfig(layers="32", summaries=True).summaries is True
+
+
 def test_unknown_names_are_errors():
     with pytest.raises(ValueError, match=r"preset='huge': must be one of tiny, small, gpt2"):
         CoGAConfig.preset("huge")
@@ -149,10 +158,10 @@ def test_json_brings_every_preset_back(name):
 
 def test_an_older_config_means_what_it_meant():
     values = json.loads(CoGAConfig().to_json())
-    for name in ("selection", "summaries"):
+    for name in ("selection", "summaries", "index_weight"):
         del values[name]
     config = CoGAConfig.from_json(json.dumps(values))
-    assert config == CoGAConfig(selection="summary", summaries=True)
+    assert config == CoGAConfig(selection="summary", summaries=True, index_weight=0.0)
 
 
 def test_json_brings_tuples_back():

@@ -27,7 +27,7 @@ from coga.kernels.reference import wide
 __all__ = ["asked", "divergence", "index_loss", "index_query"]
 
 SHARPNESS = 3
-QUERIES, SCORES = 64, 2**20  # tokens that are asked, and a head's scores that they may take (at least 16 are)
+QUERIES, SCORES = 64, 2**20  # tokens of a row that are asked, at least 16; a head's scores in all rows
 
 
 def index_query(q_BTHL: Tensor, index_H: Tensor | None) -> Tensor:
@@ -47,7 +47,7 @@ def asked(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores (B, H, n, T), target (B, n, T), and which keys are far (n, T), for n tokens that have any."""
     length, first = q_BTHL.shape[1], 2 * window
-    count = min(length - first, max(16, min(most, SCORES // length)))
+    count = min(length - first, max(16, min(most, SCORES // q_BTHL.shape[:2].numel())))
     turn = torch.arange(count, device=q_BTHL.device)
     position = first + (2 * turn + 1) * (length - first) // (2 * count)
     key = torch.arange(length, device=q_BTHL.device)
