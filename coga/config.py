@@ -201,14 +201,14 @@ class CoGAConfig:
             raise _bad("revive", self.revive, "must be below 1 (a share of the mean use)")
         if self.freeze_step is not None and self.freeze_step < 0:
             raise _bad("freeze_step", self.freeze_step, "must be None or at least 0")
+        if not self.layers.split():
+            raise _bad("layers", self.layers, "must name at least one layer")
         if self.summaries is None:
             object.__setattr__(self, "summaries", self._needs_summaries())
         if not self.summaries and self.selection != "members":
             raise _bad("summaries", False, "needs selection='members', which compares no summaries")
         if not self.summaries and self.refine_groups:
             raise _bad("summaries", False, "needs refine_groups=False: nobody reads what groups refine")
-        if not self.layers.split():
-            raise _bad("layers", self.layers, "must name at least one layer")
         for i in range(self.n_layer):
             self._check_layer(self.layer(i))
 
