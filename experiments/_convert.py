@@ -4,14 +4,14 @@
             most of the past
 
 Nothing is trained: the layers keep their weights, group summaries get a far bias of 0 (a dense model has no
-opinion on them), prototypes are centres of k-means over the content of some training text, and the refinement
-of groups starts as a residual of zero.
+opinion on them), prototypes are centres of k-means over the content of some training text, the weights of the
+index query are fitted there, and the refinement of groups starts as a residual of zero.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,11 @@ class Reading:
     def text(self) -> str:
         return self.name if self.name in DENSE else f"{self.name}:{self.group_size}:{self.opened}"
 
-    def changes(self, window: int, capacity: float) -> dict[str, Any]:
-        """Fields of the configuration, the pattern of layers among them."""
+    def changes(self, window: int, capacity: float, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields of the configuration, the pattern of layers among them; `fields`: of all readings of groups.
+
+        With nothing opened, summaries are all there is to read.
+        """
         if self.name == "full":
             return {"layers": "full"}
         if self.name == "near":
@@ -53,18 +56,28 @@ class Reading:
             "grouping": self.name,
             "open_groups": self.opened,
             "capacity_factor": capacity,
+            **({} if self.opened else {"summaries": True}),
+            **fields,
             "far_warmup": 0,  # a reading is of the whole far field, wherever the checkpoint's schedule stood
         }
 
-    def config(self, config: CoGAConfig, window: int, capacity: float) -> CoGAConfig:
+    def config(
+        self, config: CoGAConfig, window: int, capacity: float, fields: Mapping[str, Any]
+    ) -> CoGAConfig:
         """ValueError where the reading does not fit the model."""
-        return config.replace(**self.changes(window, capacity))
+        return config.replace(**self.changes(window, capacity, fields))
 
     def model(
-        self, model: CoGAGPT, window: int, capacity: float, far_bias: float, text_BT: Tensor | None = None
+        self,
+        model: CoGAGPT,
+        window: int,
+        capacity: float,
+        far_bias: float,
+        fields: Mapping[str, Any],
+        text_BT: Tensor | None = None,
     ) -> CoGAGPT:
-        """A copy of the model under this reading; prototypes are found in the text, if there is one."""
-        return read_as(model, far_bias=far_bias, text_BT=text_BT, **self.changes(window, capacity))
+        """A copy of the model under this reading; a text is what prototypes and heads are found in."""
+        return read_as(model, far_bias=far_bias, text_BT=text_BT, **self.changes(window, capacity, fields))
 
 
 def parse_reading(text: str) -> Reading:

@@ -2,6 +2,7 @@
 
     python experiments/convert.py --train 300                      # trains its own dense model first
     python experiments/convert.py --checkpoint runs/full --data code.txt --n 4096 --window 512
+    python experiments/convert.py --checkpoint runs/full --read summaries=true --read index_weight=0 ...
     python experiments/convert.py --checkpoint runs/full --n 4096 --finetune 100 --finetune-arm kmeans:32:16
 
 CHECKPOINT is a folder of `save_pretrained`, or a run folder of longctx.py. Every grouping is read with each
@@ -22,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from _arms import parse_integers
+from _arms import field_value, parse_integers
 from _common import choose_device, write_text
 from _convert import Reading, figures, parse_reading, plot_finetune, plot_table, readings, table
 from _fit import fit, validate
@@ -74,7 +75,20 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--window", type=int, default=128, help="tokens in a window (128)")
     add("--capacity", type=float, default=1.0, help="a group holds at most capacity x R tokens (1)")
     add("--far-bias", type=float, default=0.0, help="bias on group summaries when read without training (0)")
-    add("--prototypes", choices=("data", "random"), default="data", help="where learned ones start (data)")
+    add(
+        "--read",
+        action="append",
+        default=[],
+        type=field_value,
+        metavar="FIELD=VALUE",
+        help="a field of CoGAConfig in all readings of groups",
+    )
+    add(
+        "--prototypes",
+        choices=("data", "random"),
+        default="data",
+        help="where learned ones, and the heads of the selection, are found (data)",
+    )
     add("--finetune", type=int, default=0, metavar="STEPS", help="then fine-tune an arm, and full beside it")
     add(
         "--finetune-arm",
@@ -127,7 +141,7 @@ def check(args: argparse.Namespace) -> tuple[CoGAGPT | None, CoGAConfig, list[Re
         raise ValueError(f"n={args.n}: must be at most max_len={config.max_len}")
     extra = [parse_reading(args.finetune_arm)] if args.finetune_arm else []
     for reading in (*wanted, *extra):
-        reading.config(config, args.window, args.capacity)
+        reading.config(config, args.window, args.capacity, dict(args.read))
     return model, config, wanted
 
 
@@ -144,7 +158,7 @@ class Run:
     def add(self, row: dict[str, Any]) -> None:
         args = self.args
         shared = {"seed": args.seed, "n": args.n, "window": args.window, "capacity_factor": args.capacity}
-        shared |= {"prototypes": args.prototypes}
+        shared |= {"prototypes": args.prototypes, "read": dict(args.read)}
         row = {**row, **shared, "data": self.corpus.name, "sha256": self.corpus.sha256}
         append_row(args.out, {**row, **provenance(self.device)})
         self.rows.append(row)
@@ -192,7 +206,7 @@ class Run:
     def as_read(self, model: CoGAGPT, reading: Reading) -> CoGAGPT:
         args = self.args
         text = prototype_text(self.corpus, args.n, args.seed) if args.prototypes == "data" else None
-        return reading.model(model, args.window, args.capacity, args.far_bias, text)
+        return reading.model(model, args.window, args.capacity, args.far_bias, dict(args.read), text)
 
     def zero_shot(self, model: CoGAGPT, wanted: list[Reading]) -> list[dict[str, Any]]:
         done = self.done("zero_shot")
@@ -252,7 +266,13 @@ def body(argv: list[str] | None) -> None:
     if config.vocab_size < corpus.vocab_size:
         raise ValueError(f"vocab_size={config.vocab_size}: must be at least the text's {corpus.vocab_size}")
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device")}
-    settings |= {"checkpoint": None, "set": dict(args.set), "sha256": corpus.sha256, "weights": None}
+    settings |= {
+        "checkpoint": None,
+        "set": dict(args.set),
+        "read": dict(args.read),
+        "sha256": corpus.sha256,
+        "weights": None,
+    }
     if args.checkpoint is not None:
         folder = model_folder(args.checkpoint)
         settings |= {"checkpoint": str(folder), "weights": file_hash(folder / "model.safetensors")}

@@ -112,7 +112,7 @@ def test_the_table_holds_the_rows(run):
 def test_the_far_bias_is_what_was_asked_for(checkpoint):
     model = CoGAGPT.from_pretrained(checkpoint)
     for bias in (0.0, -1.5):
-        other = Reading("kmeans", 4, 2).model(model, 16, 1.0, bias)
+        other = Reading("kmeans", 4, 2).model(model, 16, 1.0, bias, {})
         assert all((block.attention.far_bias_H == bias).all() for block in other.stack)
         assert all((block.attention.group_level.residual.weight == 0).all() for block in other.stack)
 
@@ -124,7 +124,7 @@ def test_a_checkpoint_whose_far_field_was_faded_in_is_read_at_full_weight(checkp
     tokens = torch.arange(80)[None] % 256
     with torch.no_grad():
         one, other = (
-            Reading("kmeans", 4, 2).model(m, 16, 1.0, 0.0).eval()(tokens).logits for m in (model, faded)
+            Reading("kmeans", 4, 2).model(m, 16, 1.0, 0.0, {}).eval()(tokens).logits for m in (model, faded)
         )
     assert torch.equal(one, other)
 
@@ -144,7 +144,28 @@ def test_readings_and_their_names():
     ]
     for one in readings(["random"], [4], [0, 1]):
         assert parse_reading(one.text) == one
-    assert Reading("random", 4, 1).changes(16, 1.5)["capacity_factor"] == 1.5
+    assert Reading("random", 4, 1).changes(16, 1.5, {})["capacity_factor"] == 1.5
+
+
+def test_what_is_read_can_be_changed_and_nothing_opened_means_summaries(checkpoint):
+    model = CoGAGPT.from_pretrained(checkpoint)
+    model.config = model.config.replace(refine_groups=False, summaries=False)
+    opened, closed = (Reading("random", 4, k) for k in (2, 0))
+    asked = {"summaries": True, "index_weight": 0.0}
+    found = [
+        one.model(model, 16, 1.0, 0.0, fields).config
+        for one, fields in ((opened, {}), (closed, {}), (opened, asked), (Reading("near"), asked))
+    ]
+    assert [config.summaries for config in found] == [False, True, True, False]
+    assert [config.index_weight > 0 for config in found] == [True, True, False, True]
+
+
+def test_fields_of_all_readings_stand_in_the_rows(checkpoint, text, tmp_path):
+    folder = tmp_path / "run"
+    arguments = [*TINY, "--checkpoint", str(checkpoint), "--data", text, "--out", str(folder)]
+    assert convert.main([*arguments, "--open", "2", "--read", "selection=summary", "--read", "beta=4"]) == 0
+    rows = rows_of(folder, "zero_shot")
+    assert all(row["read"] == {"selection": "summary", "beta": 4} for row in rows.values())
 
 
 def test_training_a_dense_model_first_and_resuming(text, tmp_path):
@@ -171,6 +192,8 @@ def test_training_a_dense_model_first_and_resuming(text, tmp_path):
 BAD = {
     "n-0": (["--n", "0"], "n=0"),
     "n-above-max-len": (["--n", "600"], "max_len=512"),
+    "read-unknown": (["--read", "colour=1"], "colour"),
+    "read-bad": (["--read", "beta=-1"], "beta=-1"),
     "n-two-windows": (["--n", "32"], "two windows"),
     "grouping": (["--groupings", "magic"], "'magic'"),
     "group-size": (["--group-sizes", "5"], "multiple of every group size"),
