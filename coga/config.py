@@ -203,11 +203,9 @@ class CoGAConfig:
             raise _bad("freeze_step", self.freeze_step, "must be None or at least 0")
         if not self.layers.split():
             raise _bad("layers", self.layers, "must name at least one layer")
-        if self.summaries is None:
-            object.__setattr__(self, "summaries", self._needs_summaries())
-        if not self.summaries and self.selection != "members":
+        if not self.reads_summaries and self.selection != "members":
             raise _bad("summaries", False, "needs selection='members', which compares no summaries")
-        if not self.summaries and self.refine_groups:
+        if not self.reads_summaries and self.refine_groups:
             raise _bad("summaries", False, "needs refine_groups=False: nobody reads what groups refine")
         for i in range(self.n_layer):
             self._check_layer(self.layer(i))
@@ -254,10 +252,10 @@ class CoGAConfig:
         if layer.open_groups < 0:
             raise _bad("open_groups", self.open_groups, "must be at least 0")
         learns = layer.kind == "group" and layer.grouping == "gumbel" and self.freeze_step != 0
-        if learns and not self.summaries and self.coherence_weight == 0:
+        if learns and not self.reads_summaries and self.coherence_weight == 0:
             rule = "must be above 0 where summaries are not read: nothing else moves prototypes"
             raise _bad("coherence_weight", self.coherence_weight, rule)
-        if layer.kind == "group" and layer.open_groups == 0 and not self.summaries:
+        if layer.kind == "group" and layer.open_groups == 0 and not self.reads_summaries:
             raise _bad("open_groups", self.open_groups, "must be at least 1 where summaries are not read")
         if not (layer.capacity_factor >= 1 and math.isfinite(layer.capacity_factor)):
             raise _bad("capacity_factor", self.capacity_factor, "must be a finite number, at least 1")
@@ -265,10 +263,13 @@ class CoGAConfig:
             rule = f"must be a multiple of every group size in layers={self.layers!r}"
             raise _bad("window", layer.window, rule)
 
-    def _needs_summaries(self) -> bool:
-        unopened = any(
-            one.kind == "group" and one.open_groups == 0 for one in map(self.layer, range(self.n_layer))
-        )
+    @property
+    def reads_summaries(self) -> bool:
+        """`summaries`, or what its None stands for."""
+        if self.summaries is not None:
+            return self.summaries
+        layers = map(self.layer, range(self.n_layer))
+        unopened = any(one.kind == "group" and one.open_groups == 0 for one in layers)
         return unopened or self.selection == "summary" or self.refine_groups
 
     def _per_layer(self, name: str, index: int) -> Any:

@@ -68,12 +68,12 @@ def _layer(config: CoGAConfig, layer: LayerConfig, length: int) -> dict[str, flo
     # With every group opened the exact kernel reads all tokens; groups are formed, but not refined or read.
     routed = opened >= read
     refines = config.refine_groups and not routed
-    pooled = latent * (config.summaries and read > 0) + width * refines
+    pooled = latent * (config.reads_summaries and read > 0) + width * refines
     found |= _formed(config, layer, windows * layer.window / length, pooled)
     if routed:
         return found | {"reads": _exact(config, layer, float((place + 1).mean()), length)}
     visible = np.maximum(0, window - 1) * groups
-    rest = np.maximum(0, visible - opened) * config.summaries
+    rest = np.maximum(0, visible - opened) * config.reads_summaries
     keys += float((np.minimum(opened, visible) * layer.group_size + rest).mean())
     found["reads"] = _exact(config, layer, keys, length)
     scored = layer.group_size if config.selection == "members" else 1  # vectors of a group

@@ -53,7 +53,7 @@ __all__ = [
     "show",
 ]
 
-PROTOTYPE_TOKENS = 2**14
+PROTOTYPE_TOKENS = 2**16  # weights of heads from a single context of 16K tokens may be those of an odd text
 
 
 def parser(description: str, out: str) -> argparse.ArgumentParser:

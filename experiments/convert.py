@@ -18,6 +18,7 @@ not finite, 2 bad input (one line, nothing written), 130 stopped by Ctrl-C (go o
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any
 from _arms import field_value, parse_integers
 from _common import choose_device, write_text
 from _convert import Reading, figures, parse_reading, plot_finetune, plot_table, readings, table
+from _dense_start import GROUPS_ONLY
 from _fit import fit, validate
 from _rows import append_row, provenance
 from _script import (
@@ -102,6 +104,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return made.parse_args(argv)
 
 
+# What a reading of groups does not say by itself, and a dense model has no use for.
+READ = sorted({*GROUPS_ONLY} - {"grouping", "open_groups", "capacity_factor", "far_warmup"})
+
+
 def _model(args: argparse.Namespace) -> tuple[CoGAGPT | None, CoGAConfig]:
     """The dense model (None: still to be trained) and its configuration."""
     if args.checkpoint is not None:
@@ -132,6 +138,10 @@ def check(args: argparse.Namespace) -> tuple[CoGAGPT | None, CoGAConfig, list[Re
         raise ValueError(f"finetune_arm={args.finetune_arm!r}: needs --finetune STEPS")
     sizes = parse_integers(args.group_sizes, "group_sizes", 1)
     opened = parse_integers(args.open, "open")
+    fields = [name for name, _ in args.read]
+    for name in fields:
+        if name not in READ or fields.count(name) > 1:
+            raise ValueError(f"read={name!r}: must be one of {', '.join(READ)}, each at most once")
     wanted = readings([name.strip() for name in args.groupings.split(",")], sizes, opened)
     model, config = _model(args)
     kinds = {config.layer(i).kind for i in range(config.n_layer)}
@@ -277,7 +287,9 @@ def body(argv: list[str] | None) -> None:
         folder = model_folder(args.checkpoint)
         settings |= {"checkpoint": str(folder), "weights": file_hash(folder / "model.safetensors")}
     show("convert.py", settings, device, args.out)
-    print(f"text    {corpus.describe()}", flush=True)
+    print(f"text    {corpus.describe()}")
+    groups = dataclasses.asdict(wanted[-1].config(config, args.window, args.capacity, dict(args.read)))
+    print(f"groups  {' '.join(f'{name}={groups[name]}' for name in READ)}", flush=True)
     outputs = ("table.md", "zero-shot.png", "finetune.png", "full")
     run = Run(args, corpus, device, open_folder(args.out, "convert.py", settings, args.resume, outputs))
     dense = (run.full(config) if model is None else model.to(device)).eval()

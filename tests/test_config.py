@@ -93,12 +93,15 @@ def test_groups_without_summaries_must_be_opened_by_members(changes, rule):
 
 
 def test_summaries_are_read_where_something_needs_them():
-    assert CoGAConfig(layers="32").summaries is False
-    assert CoGAConfig(layers="32", selection="summary").summaries is True
-    assert CoGAConfig(layers="32", refine_groups=True).summaries is True
-    assert CoGAConfig(layers="32", open_groups=0).summaries is True
-    assert CoGAConfig(layers="near", open_groups=0).summaries is False
-    assert CoGAConfig(layers="32", summaries=True).summaries is True
+    """And where nothing is said, a changed copy is not held to what its original needed."""
+    plain = CoGAConfig(layers="32")
+    needing = [plain.replace(**one) for one in (dict(selection="summary"), dict(refine_groups=True))]
+    needing.append(plain.replace(open_groups=0))
+    assert not plain.reads_summaries and all(one.reads_summaries for one in needing)
+    assert not plain.replace(layers="near", open_groups=0).reads_summaries
+    assert not needing[0].replace(selection="members").reads_summaries
+    assert plain.replace(summaries=True).reads_summaries
+    assert CoGAConfig.from_json(plain.to_json()).replace(open_groups=0).reads_summaries
 
 
 def test_unknown_names_are_errors():

@@ -67,13 +67,14 @@ class CoGAAttention(nn.Module):
         heads = config.n_head
         self.projections = LatentProjections(config, layer)
         self.rotary = config.rope_dim
+        self.reads_summaries = config.reads_summaries
         self.sink_H = nn.Parameter(torch.zeros(heads)) if config.sink else None
         self.alpha_H = nn.Parameter(torch.zeros(heads)) if config.reciprocal else None
         self.grouping = self.group_level = self.index_H = None
         self.route_full = config.far_warmup == 0
         if layer.kind == "group":
             bias = torch.full((heads,), config.far_bias_init)
-            self.far_bias_H = nn.Parameter(bias) if config.summaries else None
+            self.far_bias_H = nn.Parameter(bias) if self.reads_summaries else None
             self.grouping = build_grouping(config, layer)
             self.group_level = GroupLevel(config, layer) if config.refine_groups else None
             if layer.open_groups > 0 and config.index_weight > 0:
@@ -168,7 +169,7 @@ class CoGAAttention(nn.Module):
         if read == 0:
             return grouping, None
         far = (q_BTHL, index_q_BTL, latent_BTL[:, :end], read, grouping, context)
-        if not self.config.summaries:
+        if not self.reads_summaries:
             return grouping, self._far(*far)
         with torch.autocast(x_BTD.device.type, enabled=False):
             raw = pool(latent_BTL[:, :end], grouping)

@@ -219,7 +219,7 @@ class _Piece:
                     backend=context.backend,
                 ),
             )
-            raw = pool(latent, grouping) if module.config.summaries else None
+            raw = pool(latent, grouping) if module.reads_summaries else None
         span = slice(window * groups, (window + 1) * groups)
         if "raw" in layer.tensors and raw is not None:
             layer["raw"][row, span] = raw.to(layer["raw"].dtype)
@@ -257,7 +257,7 @@ class _Piece:
             return None
         size = layer["size"][:, :read].long()
         group = sizes = None
-        if module.config.summaries:
+        if module.reads_summaries:
             group = layer["refined" if module.group_level is not None else "raw"][:, :read].to(q.dtype)
             sizes = log_size(size, group.dtype)
         opened = slot = None

@@ -84,7 +84,8 @@ def index_loss(
     length_B: Tensor | None,
 ) -> Tensor:
     """Scalar, at least 0; needs T > 2W. Memory: 16 to 64 x T x H scores, none of which backward needs."""
-    with torch.no_grad():
+    # In at least float32: autocast would round what cubes have made small.
+    with torch.no_grad(), torch.autocast(q_BTHL.device.type, enabled=False):
         found = asked(q_BTHL, latent_BTL, sink_H, window, length_B, QUERIES)
         loss, slope_H = divergence(*found, index_H)
     # A gradient of a few numbers is cheaper made here than from kept scores.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coga.kernels.reference import wide
 from coga.models.attention import CoGAAttention
 from coga.models.gpt import CoGAGPT
 from coga.models.index import asked, divergence
@@ -40,13 +41,14 @@ def fit_index(model: CoGAGPT, tokens_BT: Tensor) -> int:
         table = context.tables[module.projections.rotary]
         q, latent, _ = module.projections.enter(x_BTD, table, context.backend)
         most = -(-QUERIES // len(x_BTD))
-        scores = asked(q, latent, module.sink_H, module.layer.window, None, most)
         assert module.index_H is not None
-        weights = module.index_H.clone()
+        weights = wide(module.index_H).clone()  # half precision has no room for Adam's squares
         optimizer = torch.optim.Adam([weights], lr=RATE, betas=(0.9, 0.95))
-        for _ in range(STEPS):
-            weights.grad = divergence(*scores, weights)[1].to(weights.dtype)
-            optimizer.step()
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            scores = asked(q, latent, module.sink_H, module.layer.window, None, most)
+            for _ in range(STEPS):
+                weights.grad = divergence(*scores, weights)[1].to(weights.dtype)
+                optimizer.step()
         module.index_H.copy_(weights)
 
     visit(model, found, fit, tokens_BT)

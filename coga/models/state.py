@@ -57,7 +57,7 @@ def _shapes(config: CoGAConfig, layer: LayerConfig, batch: int, length: int) -> 
         return shapes
     windows = length // layer.window
     latents = (batch, windows * layer.groups, width)
-    if config.summaries and not (config.refine_groups and layer.open_groups > 0):
+    if config.reads_summaries and not (config.refine_groups and layer.open_groups > 0):
         shapes["raw"] = latents
     shapes["size"] = (batch, windows * layer.groups)
     if layer.open_groups > 0:

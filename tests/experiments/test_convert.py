@@ -156,7 +156,7 @@ def test_what_is_read_can_be_changed_and_nothing_opened_means_summaries(checkpoi
         one.model(model, 16, 1.0, 0.0, fields).config
         for one, fields in ((opened, {}), (closed, {}), (opened, asked), (Reading("near"), asked))
     ]
-    assert [config.summaries for config in found] == [False, True, True, False]
+    assert [config.reads_summaries for config in found] == [False, True, True, False]
     assert [config.index_weight > 0 for config in found] == [True, True, False, True]
 
 
@@ -194,6 +194,9 @@ BAD = {
     "n-above-max-len": (["--n", "600"], "max_len=512"),
     "read-unknown": (["--read", "colour=1"], "colour"),
     "read-bad": (["--read", "beta=-1"], "beta=-1"),
+    "read-own": (["--read", "open_groups=3"], "'open_groups'"),
+    "read-shape": (["--read", "n_head=4"], "'n_head'"),
+    "read-twice": (["--read", "beta=4", "--read", "beta=5"], "'beta'"),
     "n-two-windows": (["--n", "32"], "two windows"),
     "grouping": (["--groupings", "magic"], "'magic'"),
     "group-size": (["--group-sizes", "5"], "multiple of every group size"),

@@ -168,6 +168,36 @@ def test_a_fit_lowers_the_loss_on_another_text_and_is_repeatable():
     assert model(text, targets=text).aux["index"] < fresh(text, targets=text).aux["index"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_finds_what_float32_does(dtype):
+    """Adam in float16 would divide zero by zero, and autocast would round the loss's small parts to zero."""
+    exact, half = small_model(layers="4").float(), small_model(layers="4").float()
+    for _ in range(3):
+        fit_index(exact, real_bytes(2, 8 * W))
+        with torch.autocast("cpu", dtype):
+            fit_index(half, real_bytes(2, 8 * W))
+    for a, b in zip(exact.blocks, half.blocks, strict=True):
+        torch.testing.assert_close(a.attention.index_H, b.attention.index_H, rtol=0.3, atol=0.3)
+    whole = small_model(layers="4").to(dtype)
+    for _ in range(3):
+        fit_index(whole, real_bytes(2, 8 * W))
+    assert all(block.attention.index_H.isfinite().all() for block in whole.blocks)
+
+
+def test_autocast_leaves_the_gradient_as_it_is():
+    """Scores so small beside the sink that their cubes are below the smallest number of float16."""
+    q, latent, _, weights = scene()
+    q, latent, sink = (0.1 * q).half(), latent.half(), torch.full((HEADS,), 12.0)
+    slopes = []
+    for on in (False, True):
+        own = weights.detach().float().requires_grad_()
+        with torch.autocast("cpu", torch.float16, enabled=on):
+            loss = index_loss(q, latent, own, sink_H=sink, window=W, length_B=None)
+        slopes.append(torch.autograd.grad(loss, own)[0])
+    assert slopes[0].abs().min() > 1e-4
+    assert torch.equal(*slopes)
+
+
 def test_a_text_without_far_tokens_is_refused_and_changes_nothing():
     model = small_model()
     before = {k: v.clone() for k, v in model.state_dict().items()}
