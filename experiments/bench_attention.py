@@ -41,8 +41,7 @@ from coga.models.mha import MultiHeadAttention
 DIM, HEADS = 768, 12
 FIXED = dict(
     latent_dim=64, rope_dim=32, window=512, layers="32", open_groups=16, capacity_factor=1.0,
-    refine_groups=True, reciprocal_groups=True, selection="summary", summaries=True,
-    index_weight=0.0,
+    refine_groups=True, reciprocal_groups=True, selection="summary", summaries=True, index_weight=0.0,
 )  # fmt: skip
 LETTERS = {"C": "latent_dim", "P": "rope_dim", "W": "window", "R": "layers", "K": "open_groups",
            "refine": "refine_groups", "steps": "refine_steps", "members": "selection",
@@ -379,7 +378,7 @@ def parts_of(setting: dict, length: int, tokens: int, dtype: torch.dtype, repeat
         score = torch.randn(batch * length // layer.window, layer.window, layer.groups, device="cuda")
         mixed, _ = dispatch.attend(q, latent, window=layer.window, far=far, **options)
         pieces = {
-            "projections in": lambda: projections.enter(x, table_, "auto"),
+            "projections in": lambda: projections.enter(x, table_, "auto", module.index_H),
             "grouping, pooling, group level, selection": lambda: module._groups(
                 x, q, latent, context, index_q
             ),

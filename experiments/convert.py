@@ -104,8 +104,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return made.parse_args(argv)
 
 
-# What a reading of groups does not say by itself, and a dense model has no use for.
-READ = sorted({*GROUPS_ONLY} - {"grouping", "open_groups", "capacity_factor", "far_warmup"})
+# What a dense model has no use for, and what no reading or option of its own (--far-bias) sets.
+READ = sorted({*GROUPS_ONLY} - {"grouping", "open_groups", "capacity_factor", "far_warmup", "far_bias_init"})
 
 
 def _model(args: argparse.Namespace) -> tuple[CoGAGPT | None, CoGAConfig]:
@@ -138,10 +138,11 @@ def check(args: argparse.Namespace) -> tuple[CoGAGPT | None, CoGAConfig, list[Re
         raise ValueError(f"finetune_arm={args.finetune_arm!r}: needs --finetune STEPS")
     sizes = parse_integers(args.group_sizes, "group_sizes", 1)
     opened = parse_integers(args.open, "open")
-    fields = [name for name, _ in args.read]
-    for name in fields:
-        if name not in READ or fields.count(name) > 1:
+    named = [name for name, _ in args.read]
+    for name in named:
+        if name not in READ or named.count(name) > 1:
             raise ValueError(f"read={name!r}: must be one of {', '.join(READ)}, each at most once")
+    args.read = dict(args.read)
     wanted = readings([name.strip() for name in args.groupings.split(",")], sizes, opened)
     model, config = _model(args)
     kinds = {config.layer(i).kind for i in range(config.n_layer)}
@@ -151,7 +152,7 @@ def check(args: argparse.Namespace) -> tuple[CoGAGPT | None, CoGAConfig, list[Re
         raise ValueError(f"n={args.n}: must be at most max_len={config.max_len}")
     extra = [parse_reading(args.finetune_arm)] if args.finetune_arm else []
     for reading in (*wanted, *extra):
-        reading.config(config, args.window, args.capacity, dict(args.read))
+        reading.config(config, args.window, args.capacity, args.read)
     return model, config, wanted
 
 
@@ -168,7 +169,7 @@ class Run:
     def add(self, row: dict[str, Any]) -> None:
         args = self.args
         shared = {"seed": args.seed, "n": args.n, "window": args.window, "capacity_factor": args.capacity}
-        shared |= {"prototypes": args.prototypes, "read": dict(args.read)}
+        shared |= {"prototypes": args.prototypes, "read": args.read}
         row = {**row, **shared, "data": self.corpus.name, "sha256": self.corpus.sha256}
         append_row(args.out, {**row, **provenance(self.device)})
         self.rows.append(row)
@@ -216,7 +217,7 @@ class Run:
     def as_read(self, model: CoGAGPT, reading: Reading) -> CoGAGPT:
         args = self.args
         text = prototype_text(self.corpus, args.n, args.seed) if args.prototypes == "data" else None
-        return reading.model(model, args.window, args.capacity, args.far_bias, dict(args.read), text)
+        return reading.model(model, args.window, args.capacity, args.far_bias, args.read, text)
 
     def zero_shot(self, model: CoGAGPT, wanted: list[Reading]) -> list[dict[str, Any]]:
         done = self.done("zero_shot")
@@ -276,19 +277,13 @@ def body(argv: list[str] | None) -> None:
     if config.vocab_size < corpus.vocab_size:
         raise ValueError(f"vocab_size={config.vocab_size}: must be at least the text's {corpus.vocab_size}")
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device")}
-    settings |= {
-        "checkpoint": None,
-        "set": dict(args.set),
-        "read": dict(args.read),
-        "sha256": corpus.sha256,
-        "weights": None,
-    }
+    settings |= {"checkpoint": None, "set": dict(args.set), "sha256": corpus.sha256, "weights": None}
     if args.checkpoint is not None:
         folder = model_folder(args.checkpoint)
         settings |= {"checkpoint": str(folder), "weights": file_hash(folder / "model.safetensors")}
     show("convert.py", settings, device, args.out)
     print(f"text    {corpus.describe()}")
-    groups = dataclasses.asdict(wanted[-1].config(config, args.window, args.capacity, dict(args.read)))
+    groups = dataclasses.asdict(wanted[-1].config(config, args.window, args.capacity, args.read))
     print(f"groups  {' '.join(f'{name}={groups[name]}' for name in READ)}", flush=True)
     outputs = ("table.md", "zero-shot.png", "finetune.png", "full")
     run = Run(args, corpus, device, open_folder(args.out, "convert.py", settings, args.resume, outputs))

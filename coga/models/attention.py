@@ -102,10 +102,10 @@ class CoGAAttention(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: CallContext) -> AttentionOutput:
         table = context.tables[self.projections.rotary]
-        q, latent, chooser = self.projections.enter(x_BTD, table, context.backend, self.index_H)
+        q, latent, index_q = self.projections.enter(x_BTD, table, context.backend, self.index_H)
         grouping, far = None, None
         if self.layer.kind == "group":
-            grouping, far = self._groups(x_BTD, q, latent, context, chooser)
+            grouping, far = self._groups(x_BTD, q, latent, context, index_q)
         window = None if self.layer.kind == "full" else self.layer.window
         if far is not None and self._opens_all(far.total):
             far, window = None, None

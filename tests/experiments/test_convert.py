@@ -195,6 +195,7 @@ BAD = {
     "read-unknown": (["--read", "colour=1"], "colour"),
     "read-bad": (["--read", "beta=-1"], "beta=-1"),
     "read-own": (["--read", "open_groups=3"], "'open_groups'"),
+    "read-bias": (["--read", "far_bias_init=-1"], "'far_bias_init'"),
     "read-shape": (["--read", "n_head=4"], "'n_head'"),
     "read-twice": (["--read", "beta=4", "--read", "beta=5"], "'beta'"),
     "n-two-windows": (["--n", "32"], "two windows"),
