@@ -20,7 +20,7 @@ import numpy as np
 from coga import CoGAConfig
 from coga.config import LayerConfig
 
-__all__ = ["flops", "forward_flops", "training_flops"]
+__all__ = ["flops", "forward_flops", "layer_flops", "training_flops"]
 
 PARTS = ("matrices", "reads", "grouping", "choices")
 
@@ -48,7 +48,7 @@ def _formed(config: CoGAConfig, layer: LayerConfig, share: float, pooled_width: 
     return found
 
 
-def _layer(config: CoGAConfig, layer: LayerConfig, length: int) -> dict[str, float]:
+def layer_flops(config: CoGAConfig, layer: LayerConfig, length: int) -> dict[str, float]:
     """FLOPs a token of one attention layer, by part."""
     width, heads = config.d_model, config.n_head
     place = np.arange(length)
@@ -92,7 +92,7 @@ def flops(config: CoGAConfig, length: int) -> dict[str, float]:
     width = config.d_model
     hidden = round(config.mlp_ratio * width * (2 / 3 if config.mlp == "swiglu" else 1))
     mlp = 2 * width * hidden * (3 if config.mlp == "swiglu" else 2)
-    layers = [_layer(config, config.layer(i), length) for i in range(config.n_layer)]
+    layers = [layer_flops(config, config.layer(i), length) for i in range(config.n_layer)]
     found = {part: sum(one[part] for one in layers) for part in PARTS}
     found["matrices"] += config.n_layer * mlp + 2 * width * config.vocab_size
     return found

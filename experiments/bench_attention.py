@@ -9,7 +9,7 @@ tokens. The time of the same calls launched one by one stands beside it (`launch
 
 Before anything is timed, the attention op is compared with the float32 reference at a length the reference
 can afford, its error relative to that of plain PyTorch in the same dtype: where that check is red, no speed
-is printed. Rows go to DIR/attention_speed.json.
+is printed. Rows go to DIR/attention_speed.json, those of the parts (--parts) to DIR/attention_parts.json.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from pathlib import Path
 
 import torch
 import triton
+from _gpu_time import median_ms, recorded, roofs
+from _speed_parts import PARTS_HEAD, measure_parts, part_line, parts
 from _speed_plot import dense_times, plot_speed
 from einops import rearrange
 from torch import Tensor, nn
@@ -39,6 +41,7 @@ from coga.models.context import CallContext
 from coga.models.mha import MultiHeadAttention
 
 DIM, HEADS = 768, 12
+PARTS_LENGTH = 32768
 FIXED = dict(
     latent_dim=64, rope_dim=32, window=512, layers="32", open_groups=16, capacity_factor=1.0,
     refine_groups=True, reciprocal_groups=True, selection="summary", summaries=True, index_weight=0.0,
@@ -105,34 +108,6 @@ def context_of(config: CoGAConfig, length: int, width: int, dtype: torch.dtype, 
         training=True,
         backend=config.backend,
     )
-
-
-def median_ms(run, repeats: int = 15, warmup: int = 3) -> float:
-    """Median time of a call in milliseconds, by CUDA events."""
-    for _ in range(warmup):
-        run()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times)[len(times) // 2]
-
-
-def recorded(run) -> torch.cuda.CUDAGraph:
-    """`run` as a CUDA graph, after calls that compile what has to be compiled."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph, stream=stream):
-        run()
-    return graph
 
 
 def measure(
@@ -359,46 +334,31 @@ def report(rows: list[dict], folder: Path) -> None:
     plot_speed(rows, folder / "attention_speed.png")
 
 
-def parts_of(setting: dict, length: int, tokens: int, dtype: torch.dtype, repeats: int) -> None:
-    """Time of each part of the fixed setting, forward, alone and uncompiled, with what it has to do."""
+def parts_of(name: str, setting: dict, dtype: torch.dtype, tokens: int, repeats: int) -> list[dict]:
+    """The parts of a setting beside their floors, printed as well; its rows."""
     module, config = module_of(setting)
     module = module.to("cuda", dtype)
-    batch = tokens // length
-    layer, projections = module.layer, module.projections
-    x = torch.randn(batch, length, DIM, device="cuda", dtype=dtype)
-    context = context_of(config, length, config.rope_dim, dtype, "cuda")
-    table_ = context.tables[config.rope_dim]
-    options = dict(
-        content=projections.content, band=config.band, alpha_H=module.alpha_H, sink_H=module.sink_H
-    )
-    with torch.no_grad():
-        q, latent, index_q = projections.enter(x, table_, "auto", module.index_H)
-        _, far = module._groups(x, q, latent, context, index_q)
-        closed = replace(far, open_BTK=None, slot_BSL=None)
-        score = torch.randn(batch * length // layer.window, layer.window, layer.groups, device="cuda")
-        mixed, _ = dispatch.attend(q, latent, window=layer.window, far=far, **options)
-        pieces = {
-            "projections in": lambda: projections.enter(x, table_, "auto", module.index_H),
-            "grouping, pooling, group level, selection": lambda: module._groups(
-                x, q, latent, context, index_q
-            ),
-            "capacity assignment": lambda: dispatch.assign(score, layer.slots),
-            "selection": lambda: module.choose(index_q, far, "auto"),
-            "near": lambda: dispatch.attend(q, latent, window=layer.window, **options),
-            "near + far": lambda: dispatch.attend(q, latent, window=layer.window, far=closed, **options),
-            "near + far + opened": lambda: dispatch.attend(
-                q, latent, window=layer.window, far=far, **options
-            ),
-            "projections out": lambda: projections.output(mixed, x),
-        }
-        width = projections.width + projections.content
-        reads = {"near": 1.5 * layer.window, "near + far": 1.5 * layer.window + length / layer.group_size / 2}
-        reads["near + far + opened"] = reads["near + far"] + layer.open_groups * layer.group_size
-        for name, run in pieces.items():
-            ms = median_ms(run, repeats)
-            flops = 2 * width * HEADS * tokens * reads[name] if name in reads else 0
-            rate = f"{flops / ms / 1e9:8.0f} TFLOP/s" if flops else ""
-            print(f"  {name:44s}{ms:9.3f} ms {rate}")
+    batch = max(1, tokens // PARTS_LENGTH)
+    x = torch.randn(batch, PARTS_LENGTH, DIM, device="cuda", dtype=dtype)
+    context = context_of(config, PARTS_LENGTH, config.rope_dim, dtype, "cuda")
+    roof = roofs(dtype)
+    reached = f"{roof[0] / 1e12:.0f} TFLOP/s, {roof[1] / 1e12:.2f} TB/s"
+    print(f"parts of {name} at {batch} x {PARTS_LENGTH:,}; this GPU: {reached}")
+    print(PARTS_HEAD)
+
+    def time_ms(run) -> float:
+        return median_ms(recorded(run).replay, repeats)
+
+    pieces = parts(module, config, x, context)
+    found = measure_parts(pieces, batch * PARTS_LENGTH, roof, time_ms, attempt)
+    rows = []
+    for one in found:
+        print(part_line(one), flush=True)
+        some = {k: round(one[k], 4) for k in ("floor_ms", "gflop", "mb")}
+        made = row("coga", name, PARTS_LENGTH, batch, one["pass"], one["ms"], 0.0, 0.0)
+        del made["peak_mib"], made["launched_ms"]
+        rows.append(made | {"part": one["part"].strip(), "bound": one["bound"]} | some)
+    return rows
 
 
 def report_only(folder: Path) -> int:
@@ -423,7 +383,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--peers", action="store_true", help="also time FlexAttention and fla-core's NSA")
-    parser.add_argument("--parts", action="store_true", help="time the parts of the first setting at 32K")
+    parser.add_argument(
+        "--parts", action="store_true", help="time the parts, too, beside their floors, at 32K"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     parser.add_argument("--report-only", action="store_true", help="table and picture of the rows in DIR")
     args = parser.parse_args(argv)
@@ -479,10 +441,13 @@ def main(argv: list[str] | None = None) -> int:
                 save()
                 print(*(line(one, best) for one in new), sep="\n", flush=True)
             torch.compiler.reset()
-    if args.parts:
-        print("parts, forward, uncompiled, at 32,768:")
-        with attempt("parts"):
-            parts_of(next(iter(settings.values())), 32768, args.tokens, dtype, args.repeats)
+    timed: list[dict] = []
+    for name, setting in settings.items():
+        if args.parts and name not in (*red, "full", "near"):
+            with attempt(f"parts {name}"):
+                timed += parts_of(name, setting, dtype, args.tokens, args.repeats)
+                (args.out / "attention_parts.json").write_text(json.dumps(timed, indent=1) + "\n")
+            torch.compiler.reset()
     save()
     report(rows, args.out)
     if red:

@@ -18,7 +18,8 @@ import sys
 from pathlib import Path
 
 import torch
-from bench_attention import attempt, median_ms, row
+from _gpu_time import median_ms
+from bench_attention import attempt, row
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from coga import CoGAConfig

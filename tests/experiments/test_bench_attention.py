@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
+from dataclasses import replace
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 import bench_attention
+from _flops import layer_flops
+from _speed_parts import Part, measure_parts, part_line, parts
 
 
 def test_report_only_compares_with_the_dense_rows_of_the_same_run(tmp_path, capsys):
@@ -53,3 +58,51 @@ def test_settings_that_cannot_be(name, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith("bench_attention: ") and len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["R64-K4", "R64-K2-refine0-members1-summaries0-index1"])
+def test_parts_stand_beside_floors_of_what_they_do(name):
+    module, config = bench_attention.module_of(bench_attention.setting_of(name), backend="reference")
+    length = 2560
+    x = torch.randn(1, length, bench_attention.DIM)
+    context = bench_attention.context_of(config, length, config.rope_dim, torch.float32, "cpu")
+    made = [replace(part, compiled=False) for part in parts(module, config, x, context)]
+    called = []
+
+    def time_ms(run):
+        called.append(run())
+        return 2.0
+
+    rows = measure_parts(made, length, (1e12, 1e11), time_ms)
+    assert len(called) == len(rows) - 2  # sums are not timed
+    by = {(row["part"].strip(), row["pass"]): row for row in rows}
+    total = by["sum: projections in, groups, attention, projections out", "fwd"]
+    whole = sum(layer_flops(config, config.layer(0), length).values())
+    assert total["gflop"] * 1e9 == pytest.approx(whole * length, rel=1e-6)
+    assert total["ms"] == 8.0
+    for row in rows:
+        assert (
+            row["floor_ms"] == pytest.approx(max(row["gflop"], row["mb"] / 1e2), rel=1e-6) or not row["bound"]
+        )
+        assert row["mb"] > 0
+    near, attention = by["of it: near alone", "fwd"], by["attention", "fwd"]
+    assert 0 < near["gflop"] < attention["gflop"]
+    q, latent = length * 12 * 96 * 4, length * 96 * 4
+    assert near["mb"] * 1e6 == q + latent + length * 12 * 64 * 4
+    both = by["projections out", "fwd+bwd"]
+    assert both["gflop"] == pytest.approx(3 * by["projections out", "fwd"]["gflop"])
+    assert (("loss of the head weights", "fwd") in by) == ("index1" in name)
+    line = part_line(both)
+    assert line.startswith("projections out ") and line.endswith(f" {both['mb']:.0f}")
+
+
+def test_a_part_that_fails_is_left_out():
+    broken = Part("attention", torch.zeros_like, ("no tensor",), 1.0)
+    sound = Part("projections in", torch.exp, (torch.ones(3),), 2.0, 4.0)
+    attempt = lambda name: suppress(Exception)  # noqa: E731
+    rows = measure_parts([broken, sound], 10, (1.0, 1.0), lambda run: 1.0, attempt)
+    assert [(row["part"], row["pass"]) for row in rows] == [
+        ("projections in", kind) for kind in ("fwd", "fwd+bwd")
+    ]
+    assert [row["gflop"] * 1e9 for row in rows] == pytest.approx([20, 60])
+    assert [row["mb"] * 1e6 for row in rows] == pytest.approx([24, 60])
