@@ -9,7 +9,7 @@ tokens. The time of the same calls launched one by one stands beside it (`launch
 
 Before anything is timed, the attention op is compared with the float32 reference at a length the reference
 can afford, its error relative to that of plain PyTorch in the same dtype: where that check is red, no speed
-is printed. Rows go to DIR/attention_speed.json, those of the parts (--parts) to DIR/attention_parts.json.
+is printed. Rows go to DIR/attention_speed.json, those of --parts to DIR/attention_parts.json.
 """
 
 from __future__ import annotations
@@ -384,7 +384,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--peers", action="store_true", help="also time FlexAttention and fla-core's NSA")
     parser.add_argument(
-        "--parts", action="store_true", help="time the parts, too, beside their floors, at 32K"
+        "--parts",
+        default="",
+        metavar="SETTINGS",
+        help="of these settings, also time the parts beside their floors, at 32K",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     parser.add_argument("--report-only", action="store_true", help="table and picture of the rows in DIR")
@@ -393,6 +396,10 @@ def main(argv: list[str] | None = None) -> int:
         return report_only(args.out)
     try:
         settings = {name: setting_of(name) for name in args.settings.split(",")}
+        divided = [name for name in args.parts.split(",") if name]
+        for name in divided:
+            if name not in settings or name in ("full", "near"):
+                raise ValueError(f"parts={name!r}: must be one of settings, and have groups")
     except ValueError as error:
         print(f"bench_attention: {error}", file=sys.stderr)
         return 2
@@ -442,10 +449,10 @@ def main(argv: list[str] | None = None) -> int:
                 print(*(line(one, best) for one in new), sep="\n", flush=True)
             torch.compiler.reset()
     timed: list[dict] = []
-    for name, setting in settings.items():
-        if args.parts and name not in (*red, "full", "near"):
+    for name in divided:
+        if name not in red:
             with attempt(f"parts {name}"):
-                timed += parts_of(name, setting, dtype, args.tokens, args.repeats)
+                timed += parts_of(name, settings[name], dtype, args.tokens, args.repeats)
                 (args.out / "attention_parts.json").write_text(json.dumps(timed, indent=1) + "\n")
             torch.compiler.reset()
     save()

@@ -30,7 +30,7 @@ STEPS: dict[str, tuple[float, list[str]]] = {
     "tests": (0.33, [*PYTEST, "-vv", "--maxfail=9", "tests/kernels"]),
     # Alone, because it takes 60 GiB: beside other tests it is skipped.
     "long": (0.07, [*PYTEST, "-k", "131072", "tests/kernels/test_gpu_model.py"]),
-    "attention": (0.34, ["experiments/bench_attention.py", "--repeats", "9", "--parts"]),
+    "attention": (0.34, ["experiments/bench_attention.py", "--repeats", "9", "--parts", "fixed"]),
     "model": (0.13, ["experiments/bench_model.py"]),
     "longctx": (0.13, [*LONGCTX, "--steps", "12", "--warmup-steps", "2", "--sample", "8"]),
 }  # fmt: skip

@@ -106,3 +106,14 @@ def test_a_part_that_fails_is_left_out():
     ]
     assert [row["gflop"] * 1e9 for row in rows] == pytest.approx([20, 60])
     assert [row["mb"] * 1e6 for row in rows] == pytest.approx([24, 60])
+
+
+@pytest.mark.parametrize("name", ["R64-K4", "near"])
+def test_parts_of_what_is_not_timed(name, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert bench_attention.main(["--settings", "fixed,near", "--parts", name, "--out", str(out)]) == 2
+    assert (
+        capsys.readouterr().err
+        == f"bench_attention: parts={name!r}: must be one of settings, and have groups\n"
+    )
+    assert not out.exists()
