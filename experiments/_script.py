@@ -32,8 +32,7 @@ from _settings import override
 from torch import Tensor
 
 from coga.data import Corpus, batches
-from coga.models import CoGAGPT
-from coga.models.index_fit import fit_index
+from coga.models import CoGAGPT, fit_groups
 from coga.models.prototypes import fit_prototypes
 
 __all__ = [
@@ -147,9 +146,8 @@ def read_as(
     windows = [layer.window for layer in map(other.config.layer, range(other.config.n_layer)) if layer.groups]
     if text_BT is not None and windows and text_BT.shape[1] >= max(windows):
         text_BT = text_BT.to(other.embedding.weight.device)
-        fit_prototypes(other, text_BT, other.config.seed)
-        if text_BT.shape[1] > 2 * max(windows):
-            fit_index(other, text_BT)
+        fit = fit_groups if text_BT.shape[1] > 2 * max(windows) else fit_prototypes
+        fit(other, text_BT, other.config.seed)
     return other
 
 

@@ -1,4 +1,4 @@
-"""Draw what one token reads: near tokens, opened groups, group summaries. Makes docs/mechanism.png.
+"""Draw what one token reads: near tokens, and the members of the groups it opens. Makes docs/mechanism.png.
 
     python experiments/draw_mechanism.py --out docs/mechanism.png
 
@@ -29,9 +29,8 @@ W, R, T, K = 16, 4, 88, 3
 
 def real_groups() -> tuple[torch.Tensor, torch.Tensor]:
     """Group of every token of the closed windows, and the groups that the last token opens."""
-    config = CoGAConfig.preset(
-        "tiny", layers=str(R), n_layer=1, window=W, band=8, open_groups=K, grouping="kmeans"
-    )
+    how = dict(grouping="kmeans", selection="members", open_groups=K)
+    config = CoGAConfig.preset("tiny", layers=str(R), n_layer=1, window=W, band=8, **how)
     model = CoGAGPT(config).eval()
     text = torch.tensor([list(Path(__file__).read_bytes()[:T])])
     out = model(text, return_grouping=True)
@@ -83,7 +82,7 @@ def draw(path: Path) -> None:
                     facecolor=COLOURS[group],
                     edgecolor=ACCENT if is_open else "none",
                     lw=2.5,
-                    alpha=1.0 if not is_open else 0.35,
+                    alpha=1.0 if is_open else 0.3,
                 )
             )
             for place in (index[window] == group).nonzero()[:, 0].tolist():
@@ -91,8 +90,8 @@ def draw(path: Path) -> None:
                     [window * W + place + 0.5, x],
                     [1.05, 2.45],
                     color=COLOURS[group],
-                    lw=0.7,
-                    alpha=0.6,
+                    lw=1.2 if is_open else 0.6,
+                    alpha=0.9 if is_open else 0.35,
                 )
                 if is_open:
                     axes.add_patch(
@@ -114,16 +113,15 @@ def draw(path: Path) -> None:
     axes.text((near_from + query) / 2, 1.75, "near: read token by token", ha="center", fontsize=10)
     axes.text(
         far_windows * W / 2,
-        4.3,
-        f"far: groups of {R} tokens by content, formed when their window has closed;\n"
-        "each is read as one latent (mean of its members, plus log size)",
+        5.3,
+        f"far: groups of {R} tokens by content, formed when their window has closed",
         ha="center",
         fontsize=10,
     )
     axes.text(
         far_windows * W / 2,
-        5.75,
-        f"outlined: the {K} groups this token opens; their members are read exactly instead",
+        4.3,
+        f"outlined: the {K} groups that this token opens, those with the members that match it best",
         ha="center",
         fontsize=10,
         color=ACCENT,
@@ -132,7 +130,7 @@ def draw(path: Path) -> None:
     axes.text(
         T / 2,
         -3.4,
-        "one softmax over:  near tokens + members of opened groups + summaries of the others + a sink",
+        "one softmax over:  near tokens  +  members of the opened groups  +  a sink",
         ha="center",
         fontsize=11,
         color=INK,

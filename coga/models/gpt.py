@@ -264,7 +264,7 @@ class CoGAGPT(nn.Module):
         Names are shared between patterns. What is missing is freshly initialised, except that a missing far
         bias starts at 0, so that a dense model is read through groups as it is; what is missing or unused is
         reported as a UserWarning. With fresh prototypes the schedules of the groups start anew;
-        `coga.models.prototypes.fit_prototypes` finds better ones in a text.
+        `coga.models.fit_groups` finds better ones in a text.
         """
         other = CoGAGPT(self.config.replace(layers=layers, **changes))
         other = other.to(self.embedding.weight.device, self.embedding.weight.dtype)

@@ -15,21 +15,15 @@ from coga.kernels.reference import wide
 from coga.models.attention import CoGAAttention
 from coga.models.gpt import CoGAGPT
 from coga.models.index import asked, divergence
-from coga.models.prototypes import visit
+from coga.models.prototypes import Hooked, visit
 
-__all__ = ["fit_index"]
+__all__ = ["fit_index", "index_hooks"]
 
 QUERIES, STEPS, RATE = 256, 80, 0.05
 
 
-@torch.no_grad()
-def fit_index(model: CoGAGPT, tokens_BT: Tensor) -> int:
-    """Set `index_H` of all layers that select groups to what `coga.models.index` asks for, in place.
-
-    tokens_BT  a text the model is to be used on, longer than two windows; 256 of its tokens are asked
-    Layers are fitted from the first to the last in one forward pass, by 80 steps of Adam from where they are.
-    Returns the number of layers. ValueError: the text has no far token.
-    """
+def index_hooks(model: CoGAGPT, tokens_BT: Tensor) -> list[Hooked]:
+    """What `visit` has to do to fit the weights. ValueError: the text has no far token."""
     found = [one for one in model.modules() if isinstance(one, CoGAAttention) and one.index_H is not None]
     longest = max((one.layer.window for one in found), default=0)
     if found and tokens_BT.shape[1] <= 2 * longest:
@@ -51,5 +45,14 @@ def fit_index(model: CoGAGPT, tokens_BT: Tensor) -> int:
                 optimizer.step()
         module.index_H.copy_(weights)
 
-    visit(model, found, fit, tokens_BT)
-    return len(found)
+    return [(one, fit) for one in found]
+
+
+def fit_index(model: CoGAGPT, tokens_BT: Tensor) -> int:
+    """Set `index_H` of all layers that select groups to what `coga.models.index` asks for, in place.
+
+    tokens_BT  a text the model is to be used on, longer than two windows; 256 of its tokens are asked
+    Layers are fitted from the first to the last in one forward pass, by 80 steps of Adam from where they are.
+    Returns the number of layers. ValueError: the text has no far token.
+    """
+    return visit(model, index_hooks(model, tokens_BT), tokens_BT)

@@ -19,24 +19,16 @@ from torch.nn.functional import normalize
 from coga.grouping.gumbel import CONTENT_EPS, GumbelGrouping
 from coga.models.gpt import CoGAGPT
 
-__all__ = ["fit_prototypes", "visit"]
+__all__ = ["Hooked", "fit_prototypes", "prototype_hooks", "visit"]
+
+Hooked = tuple[nn.Module, Callable]
 
 SAMPLES = 2**13  # rows that k-means sees
 STARTS = 2
 
 
-@torch.no_grad()
-def fit_prototypes(model: CoGAGPT, tokens_BT: Tensor, seed: int = 0) -> int:
-    """Set the prototypes of all `gumbel` layers to the centres of k-means over unit content, in place.
-
-        p_1..p_G = argmin sum_x min_g |c_x / |c_x| - p_g|^2, normalised;  slow prototypes: the same
-
-    tokens_BT  a text the model is to be used on, at least one whole window long; 8,192 tokens are used
-    Layers are fitted from the first to the last in one forward pass, so each sees the groups before it.
-    Returns the number of layers. ValueError: the text is shorter than a window.
-    Source: scikit-learn's KMeans (Lloyd, k-means++).
-    """
-    fitted = [one for one in model.modules() if isinstance(one, GumbelGrouping)]
+def prototype_hooks(model: CoGAGPT, tokens_BT: Tensor, seed: int) -> list[Hooked]:
+    """What `visit` has to do to fit the prototypes. ValueError: the text is shorter than a window."""
     layers = [model.config.layer(i) for i in range(model.config.n_layer)]
     longest = max((one.window for one in layers if one.grouping == "gumbel" and one.groups), default=0)
     if tokens_BT.shape[1] < longest:
@@ -51,19 +43,33 @@ def fit_prototypes(model: CoGAGPT, tokens_BT: Tensor, seed: int = 0) -> int:
             target.copy_(centre_GC)
         module.use_G.fill_(1 / module.groups)
 
-    visit(model, fitted, fit, tokens_BT)
-    return len(fitted)
+    return [(one, fit) for one in model.modules() if isinstance(one, GumbelGrouping)]
 
 
-def visit(model: CoGAGPT, modules: Sequence[nn.Module], hook: Callable, tokens_BT: Tensor) -> None:
-    """One forward pass in eval mode, with a forward pre-hook on each of the modules; none: no pass."""
-    hooks = [one.register_forward_pre_hook(hook) for one in modules]
+def fit_prototypes(model: CoGAGPT, tokens_BT: Tensor, seed: int = 0) -> int:
+    """Set the prototypes of all `gumbel` layers to the centres of k-means over unit content, in place.
+
+        p_1..p_G = argmin sum_x min_g |c_x / |c_x| - p_g|^2, normalised;  slow prototypes: the same
+
+    tokens_BT  a text the model is to be used on, at least one whole window long; 8,192 tokens are used
+    Layers are fitted from the first to the last in one forward pass, so each sees the groups before it.
+    Returns the number of layers. ValueError: the text is shorter than a window.
+    Source: scikit-learn's KMeans (Lloyd, k-means++).
+    """
+    return visit(model, prototype_hooks(model, tokens_BT, seed), tokens_BT)
+
+
+@torch.no_grad()
+def visit(model: CoGAGPT, hooked: Sequence[Hooked], tokens_BT: Tensor) -> int:
+    """One forward pass in eval mode, with forward pre-hooks on modules (none: no pass); how many."""
+    hooks = [module.register_forward_pre_hook(hook) for module, hook in hooked]
     was_training = model.training
     model.eval()
     try:
-        if modules:
+        if hooks:
             model(tokens_BT, return_logits=False)
     finally:
         model.train(was_training)
         for one in hooks:
             one.remove()
+    return len(hooks)
