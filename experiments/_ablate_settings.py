@@ -129,6 +129,12 @@ def checked(args: argparse.Namespace) -> tuple[list[Arm], list[int]]:
                 raise ValueError(f"{name}={value}: must be 0 with --dense-steps (arm {arm.text})")
         if arm.prototypes and not args.dense_steps:
             raise ValueError(f"prototypes={arm.prototypes!r}: needs --dense-steps (arm {arm.text})")
+        if arm.dense_latent_dim is not None:
+            arm.dense_config(args.preset, dict(args.set), seeds[0])
+            if not args.dense_steps:
+                raise ValueError(
+                    f"dense_latent_dim={arm.dense_latent_dim}: needs --dense-steps (arm {arm.text})"
+                )
         if config.vocab_size < 256:
             raise ValueError(f"vocab_size={config.vocab_size}: must be at least the data's 256")
     return arms, seeds
@@ -185,7 +191,12 @@ def start_of(arm: Arm, setting: Setting) -> dict[str, Any] | None:
     if not setting.dense_steps:
         return None
     asked = {**setting.model, **arm.changes}
-    return {"prototypes": arm.prototypes or "data", "far_bias": float(asked.get("far_bias_init", 0.0))}
+    width = {} if arm.dense_latent_dim is None else {"latent_dim": arm.dense_latent_dim}
+    return {
+        "prototypes": arm.prototypes or "data",
+        "far_bias": float(asked.get("far_bias_init", 0.0)),
+        **width,
+    }
 
 
 def same_settings(rows: list[dict[str, Any]], arms: list[Arm], setting: Setting, folder: Path) -> None:

@@ -5,6 +5,7 @@
     "gumbel:noise=1,sink=false"               any field of `CoGAConfig`, values as JSON or text
     "gumbel:lr_scale=2,prototype_lr=0.1"      and the run's own: all rates, and the prototypes' beside it
     "gumbel:prototypes=random"                and where they are after a dense start ("data" if not said)
+    "full:latent_dim=32,dense_latent_dim=64"  and how wide latents are in the dense start, to be shrunk then
 
 A list of arms is separated by commas; a part without a name ("sink=false") belongs to the arm before it.
 """
@@ -35,10 +36,22 @@ class Arm:
     lr_scale: float = 1.0
     prototype_lr: float = 1.0
     prototypes: str | None = None
+    dense_latent_dim: int | None = None
 
     def config(self, preset: str, base: Mapping[str, Any], seed: int) -> CoGAConfig:
         """The model: preset, then what all arms share, then the arm. ValueError on what does not fit."""
         return CoGAConfig.preset(preset, **{"seed": seed, **base, **ARMS[self.name], **self.changes})
+
+    def dense_config(self, preset: str, base: Mapping[str, Any], seed: int) -> CoGAConfig:
+        """The model with the latents of its dense start. ValueError: narrower than its own."""
+        config = self.config(preset, base, seed)
+        if self.dense_latent_dim is None:
+            return config
+        widest = max(config.layer(i).latent_dim for i in range(config.n_layer))
+        if self.dense_latent_dim < widest:
+            rule = f"must be at least latent_dim={widest} (arm {self.text})"
+            raise ValueError(f"dense_latent_dim={self.dense_latent_dim}: {rule}")
+        return config.replace(latent_dim=self.dense_latent_dim)
 
     def build(self, preset: str, base: Mapping[str, Any], seed: int) -> CoGAGPT:
         """The model, with the weights that it shares with the unchanged one (`base`) at the same start."""
@@ -110,7 +123,10 @@ def _arm(text: str, name: str, fields: list[str]) -> Arm:
     prototypes = changes.pop("prototypes", None)
     if prototypes not in (None, "data", "random"):
         raise ValueError(f"arms={text!r}: prototypes={prototypes!r} must be data or random")
-    return Arm(text, name, changes, **rates, prototypes=prototypes)
+    width = changes.pop("dense_latent_dim", None)
+    if width is not None and (isinstance(width, bool) or not isinstance(width, int) or width < 1):
+        raise ValueError(f"arms={text!r}: dense_latent_dim={width!r} must be a whole number above 0")
+    return Arm(text, name, changes, **rates, prototypes=prototypes, dense_latent_dim=width)
 
 
 def parse_arms(text: str) -> list[Arm]:

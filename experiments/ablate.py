@@ -12,8 +12,9 @@ of the preset, with any field of CoGAConfig changed after a colon; `lr_scale` mu
 All arms of a seed start from the same weights where they share them, and see the same tokens in the same
 order, so they are compared seed by seed with the `--reference`. With `--dense-steps` they share the first
 steps, too, on a model with `full` layers: weights and moments of the optimizer are taken over as they are,
-and prototypes are found in the text by k-means (`prototypes=random`: they are not). What is measured is in
-`_fit.py`, FLOPs are counted in `_flops.py`.
+and prototypes are found in the text by k-means (`prototypes=random`: they are not). With `dense_latent_dim`
+latents are that wide in the dense part, and then shrunk to the arm's (`coga.models.shrink`). What is measured
+is in `_fit.py`, FLOPs are counted in `_flops.py`.
 
 The folder gets rows.jsonl (one line a run, as soon as it is done), table.md, positions.png, losses.png,
 flips.png and starts/ (dense models). Exit codes: 0 done or out of time, 1 a run that did not fit into memory,
@@ -59,6 +60,7 @@ from tqdm import tqdm
 from coga import CoGAConfig
 from coga.data import Corpus, batches, contexts, load_corpus, unigram_entropy
 from coga.models import CoGAGPT
+from coga.models.shrink import shrink_latents
 
 __all__ = ["main"]
 
@@ -80,14 +82,18 @@ def _options(arm: Arm, setting: Setting, device: torch.device) -> dict[str, Any]
     )
 
 
+def _twin(arm: Arm, seed: int, setting: Setting) -> CoGAConfig:
+    """The model of the arm's dense start."""
+    return dense_twin(arm.dense_config(setting.preset, setting.model, seed))
+
+
 def _start_folder(arm: Arm, seed: int, setting: Setting, device: torch.device, starts: Path) -> Path:
     """Where the arm's dense start is kept: named after all that decides its bits."""
-    config = arm.config(setting.preset, setting.model, seed)
     plain = plain_config(setting.preset, setting.model, seed)  # first weights are shared with it
     where = environment(device)
     return start_folder(
         starts,
-        dense_twin(config),
+        _twin(arm, seed, setting),
         plain=dataclasses.asdict(plain),
         lr=setting.lr * arm.lr_scale,
         setting={name: x for name, x in vars(setting).items() if name not in FREE},
@@ -103,7 +109,7 @@ def _start(
     if how is None:
         return arm.build(setting.preset, setting.model, seed), None, Fitted()
     folder = _start_folder(arm, seed, setting, device, starts)
-    twin = dense_twin(config)
+    twin = _twin(arm, seed, setting)
     if not kept(folder):
         plain = plain_config(setting.preset, setting.model, seed)
         model = sharing_start(twin, plain).to(device)
@@ -114,9 +120,15 @@ def _start(
         save_start(folder, model, fit(model, drawn, setting.steps, **rest, **_options(arm, setting, device)))
     model, moments, dense = load_start(folder)
     model = model.to(device)  # where prototypes are found, too
-    if twin != config:
-        text = prototype_text(corpus, setting.n, seed) if how["prototypes"] == "data" else None
-        model = read_as(model, far_bias=how["far_bias"], text_BT=text, **dataclasses.asdict(config))
+    text = prototype_text(corpus, setting.n, seed)
+    if arm.dense_latent_dim is not None:
+        model = shrink_latents(model, config.latent_dim, text.to(device))
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        # What has shrunk has another basis, too: its moments start anew.
+        moments = {name: x for name, x in moments.items() if x["exp_avg"].shape == shapes[name]}
+    if model.config != config:
+        found_in = text if how["prototypes"] == "data" else None
+        model = read_as(model, far_bias=how["far_bias"], text_BT=found_in, **dataclasses.asdict(config))
     return model, moments, dense
 
 
@@ -153,7 +165,7 @@ def _run(
     loss_T, used = validate(model, tokens_BT, targets_BT, device, setting.batch)
     parts = flops(config, setting.n)
     trained = training_flops(config, setting.n) * fitted.tokens
-    trained += training_flops(dense_twin(config), setting.dense_n) * dense.tokens
+    trained += training_flops(_twin(arm, seed, setting), setting.dense_n) * dense.tokens
     speed = fitted.tokens_per_second
     metrics: dict[str, Any] = {
         **position_report(loss_T, setting.beyond),

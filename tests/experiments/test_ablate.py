@@ -110,6 +110,8 @@ def test_arms_keep_lists_and_patterns_whole():
         ("gumbel,sink=false", "no arm before"),
         ("gumbel:prototype_lr=0", "above 0"),
         ("gumbel:prototypes=best", "data or random"),
+        ("full:dense_latent_dim=0", "dense_latent_dim=0 must be a whole number"),
+        ("full:dense_latent_dim=[8,8]", "must be a whole number"),
         ("gumbel:sink", "FIELD=VALUE"),
         ("gumbel:", "FIELD=VALUE"),
         ("gumbel,near,gumbel", "twice"),
@@ -465,6 +467,33 @@ def test_a_dense_model_interrupted_by_a_start_is_the_one_that_is_not(text, tmp_p
         assert first == second
 
 
+def test_latents_are_shrunk_after_a_wide_dense_start(text, tmp_path, monkeypatch):
+    """The wide start is the one of the wide arm; what has another shape starts without moments."""
+    fits, fit = [], ablate.fit
+
+    def watched(model, *arguments, **options):
+        found = fit(model, *arguments, **options)
+        widths = [block.attention.projections.content for block in model.blocks]
+        fits.append((options.get("first", 0), widths, options.get("moments"), found))
+        return found
+
+    monkeypatch.setattr(ablate, "fit", watched)
+    wide, narrow = "full:latent_dim=24", "gumbel:latent_dim=[24,16,8],dense_latent_dim=24"
+    rows = started(text, tmp_path / "a", f"{wide},{narrow}", "--dense-steps", "4")
+    assert [(first, widths) for first, widths, *_ in fits] == [
+        (0, [24, 24, 24]), (4, [24, 24, 24]), (4, [24, 16, 8])
+    ]  # fmt: skip
+    all_moments, left = fits[1][2], fits[2][2]
+    gone = {name.split("attention.")[-1] for name in all_moments.keys() - left.keys()}
+    assert gone == {"projections.query.weight", "projections.latent.weight", "projections.up_HCE"}
+    assert not any(name.startswith("blocks.0.") for name in all_moments.keys() - left.keys())
+    assert rows[narrow, 0]["start"] == {"prototypes": "data", "far_bias": 0.0, "latent_dim": 24}
+    assert "latent_dim" not in rows[wide, 0]["start"]
+    assert rows[narrow, 0]["model"]["latent_dim"] == [24, 16, 8]
+    wide_part = rows[wide, 0]["metrics"]["training_flops"] / 2
+    assert rows[narrow, 0]["metrics"]["training_flops"] > wide_part
+
+
 def test_arms_share_a_dense_start_and_learn_after_it(text, tmp_path, monkeypatch):
     """One start for all arms whose dense twin is the same, kept for another call; new parameters move."""
     fits, fit = [], ablate.fit
@@ -717,6 +746,8 @@ BAD = {
     "starts-a-file": (["--dense-steps", "4", "--starts", __file__], f"starts={__file__!r}: must be a folder"),
     "dense-fading": (["--dense-steps", "4", "--set", "far_warmup=2"], "far_warmup=2: must be 0"),
     "prototypes-alone": (["--arms", "gumbel:prototypes=random"], "needs --dense-steps"),
+    "wide-alone": (["--arms", "gumbel:dense_latent_dim=64"], "dense_latent_dim=64: needs --dense-steps"),
+    "not-wide": (["--arms", "full:dense_latent_dim=4", "--dense-steps", "4"], "at least latent_dim="),
     "starts-alone": (["--starts", "elsewhere"], "needs --dense-steps"),
     "device": (["--device", "abacus"], "device='abacus'"),
     "reference": (["--reference", "full"], "reference='full'"),
