@@ -5,10 +5,12 @@
 FLOPs      by the formulas of `_flops`; backward: twice those of a product, and of attention what no backward
            without stored scores can avoid: the score again, dP, dq, dk, dv; 3 L + 2 C a key for L + C forward
 bytes      what a part is given and returns, each once; backward: those, and a gradient of each
-not in it  what is gathered more than once: opened members come from L2, K R (L) a token
+not in it  what is gathered more than once: opened members come from L2, K R latents a token; work that is no
+           product (the assignment under capacity); that some products are float32
 
-The floors of parts that run after one another add up to a floor of the module. Groups are timed forward:
-their backward is inside the module's.
+The sums are of parts run one after another, each from memory to memory: a module that fused them could do
+with less. Groups are timed forward, and are in both sums as that. A copy writes half of what it moves: a part
+that mostly reads, or whose inputs stay in the cache between repeats, may beat its B/s.
 
 Legend: B batch, T tokens, H heads, C content width, L latent width, K opened groups of R tokens.
 """
@@ -124,6 +126,7 @@ def parts(module: CoGAAttention, config: CoGAConfig, x_BTD: Tensor, context: Cal
             lambda x, q, latent, index_q: module._groups(x, q, latent, context, index_q)[1],
             (x_BTD, q, latent, index_q),
             groups,
+            touched=(x_BTD, latent, index_q) if config.refine_groups else (latent, index_q),
             compiled=True,
         ),
         Part(
@@ -178,8 +181,8 @@ def _times(part: Part, time_ms: Callable[[Callable[[], Any]], float]) -> Iterato
         with torch.no_grad():
             return run(*part.inputs)
 
-    read = part.inputs if part.touched is None else part.touched
-    moved = _bytes(*read, *part.weights, *_tensors(forward()))
+    read = _bytes(*(part.inputs if part.touched is None else part.touched), *part.weights)
+    moved = read + _bytes(*_tensors(forward()))
     yield "fwd", time_ms(forward), moved
     if part.backward is None:
         return
@@ -195,7 +198,7 @@ def _times(part: Part, time_ms: Callable[[Callable[[], Any]], float]) -> Iterato
         return torch.autograd.grad(outputs(), wanted, grads)
 
     # The backward is given what the forward was given and the gradient of what it returned.
-    yield "fwd+bwd", time_ms(both), 2 * moved + _bytes(*wanted)
+    yield "fwd+bwd", time_ms(both), moved + read + _bytes(*grads, *wanted)
 
 
 def measure_parts(
@@ -204,12 +207,11 @@ def measure_parts(
     roofs: tuple[float, float],
     time_ms: Callable[[Callable[[], Any]], float],
     attempt: Callable[[str], AbstractContextManager] = lambda name: nullcontext(),
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """A row for each part and pass: ms, floor_ms, what bounds it, GFLOP, MB; then their sums, by pass.
 
-    `attempt(name)` is around what may fail: a part that it lets pass has no row, and there are no sums.
+    `attempt(name)` is around what may fail: a part that it lets pass has no row, and its pass no sum.
     """
-    rows: list[dict[str, Any]] = []
     whole: dict[str, dict[str, dict[str, Any]]] = {"fwd": {}, "fwd+bwd": {}}
     for part in found:
         with attempt(part.name.strip()):
@@ -218,16 +220,16 @@ def measure_parts(
                 by = {"FLOPs": 1e3 * flops / roofs[0], "bytes": 1e3 * moved / roofs[1]}
                 bound = max(by, key=lambda name: by[name])
                 row = {"part": part.name, "pass": kind, "ms": ms, "floor_ms": by[bound], "bound": bound}
-                rows.append(row | {"gflop": flops / 1e9, "mb": moved / 1e6})
+                row |= {"gflop": flops / 1e9, "mb": moved / 1e6}
                 if part.name in WHOLE:
-                    whole[kind][part.name] = rows[-1]
-    if len(whole["fwd"]) < len(WHOLE):
-        return rows
+                    whole[kind][part.name] = row
+                    if part.backward is None:
+                        whole["fwd+bwd"][part.name] = row
+                yield row
     for kind, ours in whole.items():
-        ours = whole["fwd"] | ours  # groups are timed forward only
-        sums = {k: sum(row[k] for row in ours.values()) for k in ("ms", "floor_ms", "gflop", "mb")}
-        rows.append({"part": "sum: " + ", ".join(WHOLE), "pass": kind, "bound": ""} | sums)
-    return rows
+        if len(ours) == len(WHOLE):
+            sums = {k: sum(row[k] for row in ours.values()) for k in ("ms", "floor_ms", "gflop", "mb")}
+            yield {"part": "sum: " + ", ".join(WHOLE), "pass": kind, "bound": ""} | sums
 
 
 PARTS_HEAD = f"{'part':58s}{'pass':9s}{'ms':>8s}{'floor':>8s}{'x':>6s} {'bound':6s}{'GFLOP':>9s}{'MB':>8s}"

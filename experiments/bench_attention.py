@@ -21,6 +21,7 @@ import gc
 import json
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -271,11 +272,12 @@ def nsa_rows(lengths: list[int], tokens, repeats: int, dtype) -> list[dict]:
             y = core()
             torch.autograd.grad(y, (q, k, v), y)
 
-        with attempt(f"nsa {length}"):
-            with torch.no_grad():
-                forward = median_ms(core, repeats)
-            for name, ms in (("fwd", forward), ("fwd+bwd", median_ms(both, repeats))):
-                rows.append(row("nsa-core", "16/1x64", length, batch, name, ms, 0.0, ms))
+        for name, run in (("fwd", core), ("fwd+bwd", both)):
+            with attempt(f"nsa {length} {name}"), torch.set_grad_enabled(name != "fwd"):
+                launched = ms = median_ms(run, repeats)
+                with attempt(f"nsa {length} {name}, recorded"):
+                    ms = median_ms(recorded(run).replay, repeats)
+                rows.append(row("nsa-core", "16/1x64", length, batch, name, ms, 0.0, launched))
     return rows
 
 
@@ -334,31 +336,29 @@ def report(rows: list[dict], folder: Path) -> None:
     plot_speed(rows, folder / "attention_speed.png")
 
 
-def parts_of(name: str, setting: dict, dtype: torch.dtype, tokens: int, repeats: int) -> list[dict]:
-    """The parts of a setting beside their floors, printed as well; its rows."""
+def parts_of(name: str, setting: dict, dtype: torch.dtype, tokens: int, repeats: int) -> Iterator[dict]:
+    """The parts of a setting beside their floors, printed as well; a row as soon as it is there."""
     module, config = module_of(setting)
     module = module.to("cuda", dtype)
     batch = max(1, tokens // PARTS_LENGTH)
     x = torch.randn(batch, PARTS_LENGTH, DIM, device="cuda", dtype=dtype)
     context = context_of(config, PARTS_LENGTH, config.rope_dim, dtype, "cuda")
     roof = roofs(dtype)
-    reached = f"{roof[0] / 1e12:.0f} TFLOP/s, {roof[1] / 1e12:.2f} TB/s"
-    print(f"parts of {name} at {batch} x {PARTS_LENGTH:,}; this GPU: {reached}")
+    rates = f"{roof[0] / 1e12:.0f} TFLOP/s, {roof[1] / 1e12:.2f} TB/s"
+    print(f"parts of {name} at {batch} x {PARTS_LENGTH:,}; this GPU: {rates}")
     print(PARTS_HEAD)
 
     def time_ms(run) -> float:
         return median_ms(recorded(run).replay, repeats)
 
     pieces = parts(module, config, x, context)
-    found = measure_parts(pieces, batch * PARTS_LENGTH, roof, time_ms, attempt)
-    rows = []
-    for one in found:
+    for one in measure_parts(pieces, batch * PARTS_LENGTH, roof, time_ms, attempt):
         print(part_line(one), flush=True)
         some = {k: round(one[k], 4) for k in ("floor_ms", "gflop", "mb")}
         made = row("coga", name, PARTS_LENGTH, batch, one["pass"], one["ms"], 0.0, 0.0)
         del made["peak_mib"], made["launched_ms"]
-        rows.append(made | {"part": one["part"].strip(), "bound": one["bound"]} | some)
-    return rows
+        reached = {"reached_flops": roof[0], "reached_bytes_per_s": roof[1]}
+        yield made | {"part": one["part"].strip(), "bound": one["bound"]} | some | reached
 
 
 def report_only(folder: Path) -> int:
@@ -422,7 +422,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.peers:
         rows += nsa_rows(lengths, tokens, args.repeats, dtype)
     save()  # what was timed stays, whatever comes
-    red = []
+    red, timed = [], []
     best = dense_times(rows)
     print(HEAD)
     for name, setting in settings.items():
@@ -434,6 +434,13 @@ def main(argv: list[str] | None = None) -> int:
         if not good:
             red.append(name)
             continue
+        if name in divided:
+            with attempt(f"parts {name}"):
+                for one in parts_of(name, setting, dtype, args.tokens, args.repeats):
+                    timed.append(one)
+                    (args.out / "attention_parts.json").write_text(json.dumps(timed, indent=1) + "\n")
+            torch.compiler.reset()
+            print(HEAD)
         for length in lengths:
             batch = tokens(length) // length
             module, config = module_of(setting)
@@ -447,13 +454,6 @@ def main(argv: list[str] | None = None) -> int:
                 rows += new
                 save()
                 print(*(line(one, best) for one in new), sep="\n", flush=True)
-            torch.compiler.reset()
-    timed: list[dict] = []
-    for name in divided:
-        if name not in red:
-            with attempt(f"parts {name}"):
-                timed += parts_of(name, settings[name], dtype, args.tokens, args.repeats)
-                (args.out / "attention_parts.json").write_text(json.dumps(timed, indent=1) + "\n")
             torch.compiler.reset()
     save()
     report(rows, args.out)

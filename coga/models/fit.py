@@ -14,7 +14,8 @@ __all__ = ["fit_groups"]
 def fit_groups(model: CoGAGPT, tokens_BT: Tensor, seed: int = 0) -> None:
     """Prototypes (`fit_prototypes`) and the heads that the selection listens to (`fit_index`), in place.
 
-    tokens_BT  a text the model is to be used on, longer than two windows
+    tokens_BT  (B, T), a text the model is to be used on, on its device, longer than two windows; the
+               project's own scripts take 65,536 tokens, several contexts
     seed       of k-means
     One forward pass for both: a layer is fitted on what the layers before it, fitted, return. Layers without
     either have nothing to fit. ValueError: the text is too short, before anything is changed.

@@ -27,7 +27,8 @@ from coga.kernels.reference import wide
 __all__ = ["asked", "divergence", "index_loss", "index_query"]
 
 SHARPNESS = 3
-QUERIES, SCORES = 64, 2**20  # tokens of a row that are asked, at least 16; a head's scores in all rows
+QUERIES, SCORES = 64, 2**20  # tokens of a row that are asked, at least LEAST; a head's scores in all rows
+LEAST = 16
 
 
 def index_query(q_BTHL: Tensor, index_H: Tensor | None) -> Tensor:
@@ -44,10 +45,14 @@ def asked(
     window: int,
     length_B: Tensor | None,
     most: int,
+    scores: int = SCORES,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores (B, H, n, T), target (B, n, T), and which keys are far (n, T), for n tokens that have any."""
+    """Scores (B, H, n, T), target (B, n, T), and which keys are far (n, T), for n tokens that have any.
+
+    n: at most `most`, and so many that a head has about `scores` in all rows, but at least 16.
+    """
     length, first = q_BTHL.shape[1], 2 * window
-    count = min(length - first, max(16, min(most, SCORES // q_BTHL.shape[:2].numel())))
+    count = min(length - first, max(LEAST, min(most, scores // q_BTHL.shape[:2].numel())))
     turn = torch.arange(count, device=q_BTHL.device)
     position = first + (2 * turn + 1) * (length - first) // (2 * count)
     key = torch.arange(length, device=q_BTHL.device)

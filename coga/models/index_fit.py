@@ -15,17 +15,19 @@ from coga.kernels.reference import wide
 from coga.models.attention import CoGAAttention
 from coga.models.gpt import CoGAGPT
 from coga.models.index import asked, divergence
-from coga.models.prototypes import Hooked, visit
+from coga.models.prototypes import Hooked, check_rows, visit
 
 __all__ = ["fit_index", "index_hooks"]
 
-QUERIES, STEPS, RATE = 256, 80, 0.05
+QUERIES, SCORES = 256, 2**22  # tokens of all rows that are asked, and a head's scores of them
+STEPS, RATE = 80, 0.05
 
 
 def index_hooks(model: CoGAGPT, tokens_BT: Tensor) -> list[Hooked]:
     """What `visit` has to do to fit the weights. ValueError: the text has no far token."""
     found = [one for one in model.modules() if isinstance(one, CoGAAttention) and one.index_H is not None]
     longest = max((one.layer.window for one in found), default=0)
+    check_rows(tokens_BT)
     if found and tokens_BT.shape[1] <= 2 * longest:
         rule = f"must be longer than two windows of {longest} tokens"
         raise ValueError(f"tokens_BT={tuple(tokens_BT.shape)}: {rule}")
@@ -39,7 +41,7 @@ def index_hooks(model: CoGAGPT, tokens_BT: Tensor) -> list[Hooked]:
         weights = wide(module.index_H).clone()  # half precision has no room for Adam's squares
         optimizer = torch.optim.Adam([weights], lr=RATE, betas=(0.9, 0.95))
         with torch.autocast(x_BTD.device.type, enabled=False):
-            scores = asked(q, latent, module.sink_H, module.layer.window, None, most)
+            scores = asked(q, latent, module.sink_H, module.layer.window, None, most, SCORES)
             for _ in range(STEPS):
                 weights.grad = divergence(*scores, weights)[1].to(weights.dtype)
                 optimizer.step()
@@ -51,7 +53,8 @@ def index_hooks(model: CoGAGPT, tokens_BT: Tensor) -> list[Hooked]:
 def fit_index(model: CoGAGPT, tokens_BT: Tensor) -> int:
     """Set `index_H` of all layers that select groups to what `coga.models.index` asks for, in place.
 
-    tokens_BT  a text the model is to be used on, longer than two windows; 256 of its tokens are asked
+    tokens_BT  (B, T), a text the model is to be used on, longer than two windows; 256 of its tokens are
+               asked, fewer beyond 16,384 tokens in a row. One context may be an odd one: better several.
     Layers are fitted from the first to the last in one forward pass, by 80 steps of Adam from where they are.
     Returns the number of layers. ValueError: the text has no far token.
     """

@@ -12,14 +12,13 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from sklearn.cluster import KMeans
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from coga.grouping.gumbel import CONTENT_EPS, GumbelGrouping
 from coga.models.gpt import CoGAGPT
 
-__all__ = ["Hooked", "fit_prototypes", "prototype_hooks", "visit"]
+__all__ = ["Hooked", "check_rows", "fit_prototypes", "prototype_hooks", "visit"]
 
 Hooked = tuple[nn.Module, Callable]
 
@@ -27,12 +26,21 @@ SAMPLES = 2**13  # rows that k-means sees
 STARTS = 2
 
 
+def check_rows(tokens_BT: Tensor) -> None:
+    """ValueError unless it is a batch of rows."""
+    if tokens_BT.ndim != 2:
+        raise ValueError(f"tokens_BT={tuple(tokens_BT.shape)}: must be (rows, tokens)")
+
+
 def prototype_hooks(model: CoGAGPT, tokens_BT: Tensor, seed: int) -> list[Hooked]:
     """What `visit` has to do to fit the prototypes. ValueError: the text is shorter than a window."""
     layers = [model.config.layer(i) for i in range(model.config.n_layer)]
     longest = max((one.window for one in layers if one.grouping == "gumbel" and one.groups), default=0)
+    check_rows(tokens_BT)
     if tokens_BT.shape[1] < longest:
         raise ValueError(f"tokens_BT={tuple(tokens_BT.shape)}: must hold a whole window of {longest} tokens")
+
+    from sklearn.cluster import KMeans  # takes a second, and few who import the models need it
 
     def fit(module: GumbelGrouping, arguments: tuple) -> None:
         rows_XC = normalize(arguments[0].float(), dim=-1, eps=CONTENT_EPS).flatten(0, 2).cpu()

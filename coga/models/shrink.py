@@ -24,7 +24,7 @@ from coga.grouping.gumbel import GumbelGrouping
 from coga.kernels.reference import wide
 from coga.models.attention import CoGAAttention
 from coga.models.gpt import CoGAGPT
-from coga.models.prototypes import Hooked, visit
+from coga.models.prototypes import Hooked, check_rows, visit
 
 __all__ = ["shrink_latents"]
 
@@ -53,6 +53,7 @@ def shrink_latents(model: CoGAGPT, latent_dim: int | tuple[int, ...], tokens_BT:
     ValueError: latent_dim is wider than a layer's, or groups attend to groups (`refine_groups`).
     """
     config = model.config.replace(latent_dim=latent_dim)
+    check_rows(tokens_BT)
     for i in range(config.n_layer):
         before = model.config.layer(i).latent_dim
         if config.layer(i).latent_dim > before:

@@ -73,7 +73,7 @@ def test_parts_stand_beside_floors_of_what_they_do(name):
         called.append(run())
         return 2.0
 
-    rows = measure_parts(made, length, (1e12, 1e11), time_ms)
+    rows = list(measure_parts(made, length, (1e12, 1e11), time_ms))
     assert len(called) == len(rows) - 2  # sums are not timed
     by = {(row["part"].strip(), row["pass"]): row for row in rows}
     total = by["sum: projections in, groups, attention, projections out", "fwd"]
@@ -89,6 +89,11 @@ def test_parts_stand_beside_floors_of_what_they_do(name):
     assert 0 < near["gflop"] < attention["gflop"]
     q, latent = length * 12 * 96 * 4, length * 96 * 4
     assert near["mb"] * 1e6 == q + latent + length * 12 * 64 * 4
+    # Groups read the latents and one query a token, and x only where groups attend to one another.
+    given = latent + length * 96 * 4 + (0 if "refine0" in name else length * bench_attention.DIM * 4)
+    far = module._groups(x, *(p.inputs[i] for p in made if p.name == "groups" for i in (1, 2)), context)[1]
+    returned = sum(t.numel() * t.element_size() for t in vars(far).values() if isinstance(t, torch.Tensor))
+    assert by["groups", "fwd"]["mb"] * 1e6 == given + returned
     both = by["projections out", "fwd+bwd"]
     assert both["gflop"] == pytest.approx(3 * by["projections out", "fwd"]["gflop"])
     assert (("loss of the head weights", "fwd") in by) == ("index1" in name)
@@ -100,12 +105,27 @@ def test_a_part_that_fails_is_left_out():
     broken = Part("attention", torch.zeros_like, ("no tensor",), 1.0)
     sound = Part("projections in", torch.exp, (torch.ones(3),), 2.0, 4.0)
     attempt = lambda name: suppress(Exception)  # noqa: E731
-    rows = measure_parts([broken, sound], 10, (1.0, 1.0), lambda run: 1.0, attempt)
+    rows = list(measure_parts([broken, sound], 10, (1.0, 1.0), lambda run: 1.0, attempt))
     assert [(row["part"], row["pass"]) for row in rows] == [
         ("projections in", kind) for kind in ("fwd", "fwd+bwd")
     ]
     assert [row["gflop"] * 1e9 for row in rows] == pytest.approx([20, 60])
     assert [row["mb"] * 1e6 for row in rows] == pytest.approx([24, 60])
+
+
+def test_a_sum_is_of_all_parts_or_is_not_there():
+    def made(name, **rest):
+        return Part(name, torch.exp, (torch.ones(3),), 1.0, **rest)
+
+    both = {"projections in": 2.0, "attention": 2.0, "projections out": 2.0}
+    parts_ = [made("groups"), *(made(name, backward=flops) for name, flops in both.items())]
+    rows = list(measure_parts(parts_, 10, (1.0, 1.0), lambda run: 1.0))
+    assert [round(row["gflop"] * 1e9) for row in rows if row["part"].startswith("sum")] == [40, 100]
+    fails = replace(parts_[2], run=lambda x: x.exp() if not x.requires_grad else 1 / 0)
+    attempt = lambda name: suppress(ZeroDivisionError)  # noqa: E731
+    parts_[2] = fails
+    rows = list(measure_parts(parts_, 10, (1.0, 1.0), lambda run: 1.0, attempt))
+    assert [row["pass"] for row in rows if row["part"].startswith("sum")] == ["fwd"]
 
 
 @pytest.mark.parametrize("name", ["R64-K4", "near"])

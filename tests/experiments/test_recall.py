@@ -213,6 +213,7 @@ BAD = {
     "arm": (["--arms", "near,magic"], "'magic'"),
     "arm-twice": (["--arms", "near,near"], "twice"),
     "arm-field": (["--arms", "near:colour=1"], "colour"),
+    "arm-shrinks": (["--arms", "near:dense_latent_dim=64"], "dense_latent_dim=64: only ablate.py"),
     "keys": (["--keys", "3"], "keys=3"),
     "pairs": (["--pairs", "17", "--keys", "20"], "n=64"),
     "values": (["--values", "1"], "values=1"),

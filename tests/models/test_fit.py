@@ -48,6 +48,32 @@ def test_a_later_layer_is_fitted_on_what_fitted_ones_return():
         assert torch.equal(a, b)
 
 
+def test_an_exception_leaves_no_hook_and_no_mode_behind():
+    model = small_model(layers=LAYERS).train()
+    text = real_bytes(1, 4 * W)
+    text[0, -1] = model.config.vocab_size
+    with pytest.raises((ValueError, IndexError)):
+        fit_groups(model, text)
+    assert model.training
+    assert not any(one._forward_pre_hooks for one in model.modules())
+
+
+def test_the_seed_is_that_of_k_means():
+    text = real_bytes(2, 8 * W)
+    found = []
+    for seed in (0, 0, 1):
+        model = small_model(layers=LAYERS)
+        fit_groups(model, text, seed)
+        found.append(model.blocks[1].attention.grouping.prototypes_GC)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("fit", [fit_groups, fit_index, fit_prototypes])
+def test_a_single_row_without_its_axis_is_refused(fit):
+    with pytest.raises(ValueError, match=r"tokens_BT=\(64,\): must be \(rows, tokens\)"):
+        fit(small_model(layers=LAYERS), real_bytes(1, 4 * W)[0])
+
+
 @pytest.mark.parametrize("length", [W - 1, 2 * W])
 def test_a_text_that_is_too_short_is_refused_and_changes_nothing(length):
     model = small_model(layers=LAYERS)

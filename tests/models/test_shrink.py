@@ -113,6 +113,6 @@ def test_other_dtypes(dtype):
         ({}, 4, "refine_groups=True: must be off"),
     ],
 )
-def test_what_cannot_be(changes, width, rule):
+def test_what_cannot_be_shrunk(changes, width, rule):
     with pytest.raises(ValueError, match=rule):
         shrink_latents(CoGAGPT(small_config(**changes)), width, real_bytes(1, 3 * W))
