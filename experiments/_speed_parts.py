@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from coga import CoGAConfig
 from coga.kernels import dispatch
 from coga.models.attention import CoGAAttention
 from coga.models.context import CallContext
-from coga.models.index import QUERIES, asked, index_loss
+from coga.models.index import QUERIES, asked, index_loss, index_query
 
 __all__ = ["PARTS_HEAD", "Part", "measure_parts", "part_line", "parts"]
 
@@ -59,11 +59,9 @@ def _tensors(found: Any) -> list[Tensor]:
     """The tensors of a result, however it is wrapped."""
     if isinstance(found, Tensor):
         return [found]
-    if isinstance(found, dict):
-        found = found.values()
-    elif hasattr(found, "__dataclass_fields__"):
-        found = [getattr(found, name) for name in found.__dataclass_fields__]
-    elif not isinstance(found, (tuple, list)):
+    if is_dataclass(found):
+        found = vars(found).values()
+    elif not isinstance(found, tuple):
         return []
     return [x for one in found for x in _tensors(one)]
 
@@ -85,7 +83,7 @@ def parts(module: CoGAAttention, config: CoGAConfig, x_BTD: Tensor, context: Cal
     counted, ours, local = (layer_flops(c, c.layer(0), length) for c in (config, plain, near))
     q, latent, index_q = projections.enter(x_BTD, table, backend, module.index_H)
     if index_q is None:
-        index_q = q.mean(2)
+        index_q = index_query(q, module.index_H)
     windows = length // layer.window
     far = module._groups(x_BTD, q, latent, context, index_q)[1]
     assert far is not None

@@ -120,15 +120,16 @@ def _start(
         save_start(folder, model, fit(model, drawn, setting.steps, **rest, **_options(arm, setting, device)))
     model, moments, dense = load_start(folder)
     model = model.to(device)  # where prototypes are found, too
+    if model.config == config:
+        return model, moments, dense
     text = prototype_text(corpus, setting.n, seed)
-    if arm.dense_latent_dim is not None:
+    if model.config.latent_dim != config.latent_dim:
         model = shrink_latents(model, config.latent_dim, text.to(device))
         shapes = {name: p.shape for name, p in model.named_parameters()}
         # What has shrunk has another basis, too: its moments start anew.
         moments = {name: x for name, x in moments.items() if x["exp_avg"].shape == shapes[name]}
-    if model.config != config:
-        found_in = text if how["prototypes"] == "data" else None
-        model = read_as(model, far_bias=how["far_bias"], text_BT=found_in, **dataclasses.asdict(config))
+    found_in = text if how["prototypes"] == "data" else None
+    model = read_as(model, far_bias=how["far_bias"], text_BT=found_in, **dataclasses.asdict(config))
     return model, moments, dense
 
 

@@ -85,7 +85,6 @@ def shrink_latents(model: CoGAGPT, latent_dim: int | tuple[int, ...], tokens_BT:
                 for name in ("prototypes_GC", "slow_GC"):
                     found = normalize(wide(getattr(old.grouping, name)) @ basis, dim=-1)
                     getattr(module.grouping, name).copy_(found)
-            ours.gain_H.copy_(theirs.gain_H)
             before = _scores(q, latent)
             after = _scores(ours.queries(x_BTD, table), ours.latents(x_BTD, table))
             slope_H = (before * after).sum((0, 2, 3)) / after.square().sum((0, 2, 3)).clamp_min(1e-12)
@@ -94,12 +93,13 @@ def shrink_latents(model: CoGAGPT, latent_dim: int | tuple[int, ...], tokens_BT:
 
         return fit
 
-    pairs = zip(narrow.modules(), model.modules(), strict=True)
-    attentions = [
-        (new, old) for new, old in pairs if isinstance(new, CoGAAttention) and isinstance(old, CoGAAttention)
+    hooked: list[Hooked] = [
+        (new, fit_from(old))
+        for new, old in zip(narrow.modules(), model.modules(), strict=True)
+        if isinstance(new, CoGAAttention)
+        and isinstance(old, CoGAAttention)
+        and new.projections.content < old.projections.content
     ]
-    changed = [(new, old) for new, old in attentions if new.projections.content < old.projections.content]
-    hooked: list[Hooked] = [(new, fit_from(old)) for new, old in changed]
     narrow.step_count.copy_(model.step_count)  # prototypes are no fresh ones
     visit(narrow, hooked, tokens_BT)
-    return narrow.train(model.training)
+    return narrow

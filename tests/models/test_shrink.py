@@ -94,6 +94,9 @@ def test_widths_of_single_layers():
     loss = narrow.train()(real_bytes(2, LONGEST), targets=real_bytes(2, LONGEST)).loss
     loss.backward()
     assert all(p.grad is not None for n, p in narrow.named_parameters() if "up_HCE" in n)
+    for name, p in narrow.named_parameters():
+        if p.shape != before[name].shape:
+            assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
