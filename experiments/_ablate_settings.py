@@ -129,6 +129,8 @@ def checked(args: argparse.Namespace) -> tuple[list[Arm], list[int]]:
                 raise ValueError(f"{name}={value}: must be 0 with --dense-steps (arm {arm.text})")
         if arm.prototypes and not args.dense_steps:
             raise ValueError(f"prototypes={arm.prototypes!r}: needs --dense-steps (arm {arm.text})")
+        if arm.dense_plain and not args.dense_steps:
+            raise ValueError(f"dense='plain': needs --dense-steps (arm {arm.text})")
         if arm.dense_latent_dim is not None:
             arm.dense_config(args.preset, dict(args.set), seeds[0])
             if not args.dense_steps:
@@ -196,6 +198,7 @@ def start_of(arm: Arm, setting: Setting) -> dict[str, Any] | None:
         "prototypes": arm.prototypes or "data",
         "far_bias": float(asked.get("far_bias_init", 0.0)),
         **width,
+        **({"dense": "plain"} if arm.dense_plain else {}),
     }
 
 

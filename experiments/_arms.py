@@ -6,6 +6,7 @@
     "gumbel:lr_scale=2,prototype_lr=0.1"      and the run's own: all rates, and the prototypes' beside it
     "gumbel:prototypes=random"                and where they are after a dense start ("data" if not said)
     "full:latent_dim=32,dense_latent_dim=64"  and how wide latents are in the dense start, to be shrunk then
+    "gumbel:sink=false,dense=plain"           and whose dense start it goes on from: the unchanged model's
 
 A list of arms is separated by commas; a part without a name ("sink=false") belongs to the arm before it.
 """
@@ -18,10 +19,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from _settings import ARMS, override
+from _settings import ARMS, GROUPS_ONLY, override
 
 from coga import CoGAConfig
 from coga.models import CoGAGPT
+
+# What an arm may change that goes on from the unchanged model: the rest would leave weights without a start.
+CARRIED = ("sink", "output_gate", "reciprocal", "band", *GROUPS_ONLY)
 
 __all__ = ["Arm", "field_value", "parse_arms", "parse_integers", "plain_config", "sharing_start", "slug"]
 
@@ -37,13 +41,16 @@ class Arm:
     prototype_lr: float = 1.0
     prototypes: str | None = None
     dense_latent_dim: int | None = None
+    dense_plain: bool = False
 
     def config(self, preset: str, base: Mapping[str, Any], seed: int) -> CoGAConfig:
         """The model: preset, then what all arms share, then the arm. ValueError on what does not fit."""
         return CoGAConfig.preset(preset, **{"seed": seed, **base, **ARMS[self.name], **self.changes})
 
     def dense_config(self, preset: str, base: Mapping[str, Any], seed: int) -> CoGAConfig:
-        """The model with the latents of its dense start. ValueError: narrower than its own."""
+        """What the arm's dense start is the twin of. ValueError: latents narrower than its own."""
+        if self.dense_plain:
+            return CoGAConfig.preset(preset, **{"seed": seed, **base, **ARMS[self.name]})
         config = self.config(preset, base, seed)
         if self.dense_latent_dim is None:
             return config
@@ -126,7 +133,14 @@ def _arm(text: str, name: str, fields: list[str]) -> Arm:
     width = changes.pop("dense_latent_dim", None)
     if width is not None and (isinstance(width, bool) or not isinstance(width, int) or width < 1):
         raise ValueError(f"arms={text!r}: dense_latent_dim={width!r} must be a whole number above 0")
-    return Arm(text, name, changes, **rates, prototypes=prototypes, dense_latent_dim=width)
+    dense = changes.pop("dense", "own")
+    if dense not in ("own", "plain"):
+        raise ValueError(f"arms={text!r}: dense={dense!r} must be own or plain")
+    foreign = sorted({*changes} - {*CARRIED}) + ["dense_latent_dim"] * (width is not None)
+    if dense == "plain" and foreign:
+        raise ValueError(f"arms={text!r}: dense='plain' must stand without {foreign[0]}")
+    rest = dict(prototypes=prototypes, dense_latent_dim=width, dense_plain=dense == "plain")
+    return Arm(text, name, changes, **rates, **rest)
 
 
 def parse_arms(text: str) -> list[Arm]:

@@ -18,6 +18,7 @@ from typing import Any
 from _common import read_json, write_json
 from _fit import Fitted, Moments
 from _rows import clean
+from _settings import GROUPS_ONLY
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,13 +27,6 @@ from coga.models import CoGAGPT
 
 __all__ = ["dense_twin", "kept", "load_start", "save_start", "start_folder"]
 
-# Fields that change nothing in a model without groups.
-GROUPS_ONLY = (
-    "grouping", "open_groups", "selection", "index_weight", "summaries", "capacity_factor", "refine_steps",
-    "refine_gradient", "beta", "kmeans_steps", "refine_groups", "reciprocal_groups", "far_bias_init",
-    "far_warmup", "noise", "tau_start", "tau_end", "tau_steps", "slow_prototypes", "slow_decay", "hysteresis",
-    "coherence_weight", "freeze_step", "revive",
-)  # fmt: skip
 MOMENTS, SUMMARY = "moments.safetensors", "summary.json"
 SUMMARISED = ("steps", "losses", "grad_norms", "seconds", "tokens", "peak_bytes", "diverged")
 

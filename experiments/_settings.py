@@ -14,7 +14,7 @@ from _common import StrictParser
 from coga import CoGAConfig
 from coga.config import GROUPINGS, PRESETS
 
-__all__ = ["ARMS", "Settings", "complete", "model_config", "override", "parse", "stored"]
+__all__ = ["ARMS", "GROUPS_ONLY", "Settings", "complete", "model_config", "override", "parse", "stored"]
 
 # A named arm changes the layers of the run, or how its layers group.
 ARMS: dict[str, dict[str, str]] = {
@@ -29,6 +29,14 @@ TRAINING: dict[str, dict[str, Any]] = {
     "gpt2": dict(steps=20, batch=1, lr=6e-4, warmup_steps=40, warmup_len=4096, warmup_batch=4),
 }
 
+
+# Fields that change nothing in a model without groups.
+GROUPS_ONLY = (
+    "grouping", "open_groups", "selection", "index_weight", "summaries", "capacity_factor", "refine_steps",
+    "refine_gradient", "beta", "kmeans_steps", "refine_groups", "reciprocal_groups", "far_bias_init",
+    "far_warmup", "noise", "tau_start", "tau_end", "tau_steps", "slow_prototypes", "slow_decay", "hysteresis",
+    "coherence_weight", "freeze_step", "revive",
+)  # fmt: skip
 
 TEXTS = {field.name for field in dataclasses.fields(CoGAConfig) if str(field.type) == "str"}
 

@@ -13,8 +13,9 @@ All arms of a seed start from the same weights where they share them, and see th
 order, so they are compared seed by seed with the `--reference`. With `--dense-steps` they share the first
 steps, too, on a model with `full` layers: weights and moments of the optimizer are taken over as they are,
 and prototypes are found in the text by k-means (`prototypes=random`: they are not). With `dense_latent_dim`
-latents are that wide in the dense part, and then shrunk to the arm's (`coga.models.shrink`). What is measured
-is in `_fit.py`, FLOPs are counted in `_flops.py`.
+latents are that wide in the dense part, and then shrunk to the arm's (`coga.models.shrink`); with
+`dense=plain` the dense part is the unchanged model's, whose sink, gate, reciprocal term or band go or come
+then. What is measured is in `_fit.py`, FLOPs are counted in `_flops.py`.
 
 The folder gets rows.jsonl (one line a run, as soon as it is done), table.md, positions.png, losses.png,
 flips.png and starts/ (dense models). Exit codes: 0 done or out of time, 1 a run that did not fit into memory,

@@ -27,7 +27,6 @@ from typing import Any
 from _arms import field_value, parse_integers
 from _common import choose_device, write_text
 from _convert import Reading, figures, parse_reading, plot_finetune, plot_table, readings, table
-from _dense_start import GROUPS_ONLY
 from _fit import fit, validate
 from _rows import append_row, provenance
 from _script import (
@@ -45,6 +44,7 @@ from _script import (
     run_script,
     show,
 )
+from _settings import GROUPS_ONLY
 from tqdm import tqdm
 
 from coga import CoGAConfig

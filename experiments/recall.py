@@ -126,6 +126,8 @@ def check(args: argparse.Namespace) -> list[tuple[Arm, CoGAConfig]]:
     for arm, config in arms:
         if arm.prototypes and not args.warmup_steps:
             raise ValueError(f"prototypes={arm.prototypes!r}: needs --warmup-steps (arm {arm.text})")
+        if arm.dense_plain:
+            raise ValueError(f"dense='plain': only ablate.py has starts to share (arm {arm.text})")
         if arm.dense_latent_dim is not None:
             rule = f"only ablate.py shrinks latents (arm {arm.text})"
             raise ValueError(f"dense_latent_dim={arm.dense_latent_dim}: {rule}")

@@ -27,8 +27,8 @@ from coga.kernels.reference import wide
 __all__ = ["asked", "divergence", "index_loss", "index_query"]
 
 SHARPNESS = 3
-QUERIES, SCORES = 64, 2**20  # tokens of a row that are asked, at least LEAST; a head's scores in all rows
-LEAST = 16
+QUERIES, SCORES = 64, 2**19  # tokens of a row that are asked, at least LEAST; a head's scores in all rows
+LEAST = 8
 
 
 def index_query(q_BTHL: Tensor, index_H: Tensor | None) -> Tensor:
@@ -49,7 +49,7 @@ def asked(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores (B, H, n, T), target (B, n, T), and which keys are far (n, T), for n tokens that have any.
 
-    n: at most `most`, and so many that a head has about `scores` in all rows, but at least 16.
+    n: at most `most`, and so many that a head has about `scores` in all rows, but at least 8.
     """
     length, first = q_BTHL.shape[1], 2 * window
     count = min(length - first, max(LEAST, min(most, scores // q_BTHL.shape[:2].numel())))
@@ -88,7 +88,7 @@ def index_loss(
     window: int,
     length_B: Tensor | None,
 ) -> Tensor:
-    """Scalar, at least 0; needs T > 2W. Memory: 16 to 64 x T x H scores, none of which backward needs."""
+    """Scalar, at least 0; needs T > 2W. Memory: 8 to 64 x T x H scores, none of which backward needs."""
     # In at least float32: autocast would round what cubes have made small.
     with torch.no_grad(), torch.autocast(q_BTHL.device.type, enabled=False):
         found = asked(q_BTHL, latent_BTL, sink_H, window, length_B, QUERIES)

@@ -112,6 +112,9 @@ def test_arms_keep_lists_and_patterns_whole():
         ("gumbel:prototypes=best", "data or random"),
         ("full:dense_latent_dim=0", "dense_latent_dim=0 must be a whole number"),
         ("full:dense_latent_dim=[8,8]", "must be a whole number"),
+        ("gumbel:sink=false,dense=other", "dense='other' must be own or plain"),
+        ("gumbel:gain_init=1,dense=plain", "dense='plain' must stand without gain_init"),
+        ("full:dense_latent_dim=64,dense=plain", "must stand without dense_latent_dim"),
         ("gumbel:sink", "FIELD=VALUE"),
         ("gumbel:", "FIELD=VALUE"),
         ("gumbel,near,gumbel", "twice"),
@@ -494,6 +497,30 @@ def test_latents_are_shrunk_after_a_wide_dense_start(text, tmp_path, monkeypatch
     assert rows[narrow, 0]["metrics"]["training_flops"] > wide_part
 
 
+def test_a_switch_is_thrown_after_the_dense_start_of_the_unchanged_model(text, tmp_path, monkeypatch):
+    """dense=plain: one start for both, weights and moments carried over, the switch's own parameters gone."""
+    fits, fit = [], ablate.fit
+
+    def watched(model, *arguments, **options):
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        found = fit(model, *arguments, **options)
+        fits.append((options.get("first", 0), before, options.get("moments"), model.state_dict()))
+        return found
+
+    monkeypatch.setattr(ablate, "fit", watched)
+    arms = "full,full:sink=false,dense=plain,full:output_gate=false,reciprocal=false,dense=plain"
+    rows = started(text, tmp_path / "a", arms, "--dense-steps", "4")
+    assert [first for first, *_ in fits] == [0, 4, 4, 4]
+    trained = fits[0][3]
+    for (_, read, moments, _), gone in zip(fits[1:], ((), ("sink_H",), ("gate.weight", "alpha_H"))):
+        assert all(torch.equal(x, trained[name]) for name, x in read.items() if name != "step_count")
+        missing = {name for name in trained if name.endswith(gone)} if gone else set()
+        assert trained.keys() - read.keys() == missing and len(missing) == 3 * len(gone)
+        assert read.keys() & moments.keys()
+    assert rows["full:sink=false,dense=plain", 0]["start"]["dense"] == "plain"
+    assert "dense" not in rows["full", 0]["start"]
+
+
 def test_arms_share_a_dense_start_and_learn_after_it(text, tmp_path, monkeypatch):
     """One start for all arms whose dense twin is the same, kept for another call; new parameters move."""
     fits, fit = [], ablate.fit
@@ -746,6 +773,7 @@ BAD = {
     "starts-a-file": (["--dense-steps", "4", "--starts", __file__], f"starts={__file__!r}: must be a folder"),
     "dense-fading": (["--dense-steps", "4", "--set", "far_warmup=2"], "far_warmup=2: must be 0"),
     "prototypes-alone": (["--arms", "gumbel:prototypes=random"], "needs --dense-steps"),
+    "plain-alone": (["--arms", "gumbel:sink=false,dense=plain"], "dense='plain': needs --dense-steps"),
     "wide-alone": (["--arms", "gumbel:dense_latent_dim=64"], "dense_latent_dim=64: needs --dense-steps"),
     "not-wide": (["--arms", "full:dense_latent_dim=4", "--dense-steps", "4"], "at least latent_dim="),
     "starts-alone": (["--starts", "elsewhere"], "needs --dense-steps"),

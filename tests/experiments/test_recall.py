@@ -214,6 +214,7 @@ BAD = {
     "arm-twice": (["--arms", "near,near"], "twice"),
     "arm-field": (["--arms", "near:colour=1"], "colour"),
     "arm-shrinks": (["--arms", "near:dense_latent_dim=64"], "dense_latent_dim=64: only ablate.py"),
+    "arm-starts": (["--arms", "near:sink=false,dense=plain"], "dense='plain': only ablate.py"),
     "keys": (["--keys", "3"], "keys=3"),
     "pairs": (["--pairs", "17", "--keys", "20"], "n=64"),
     "values": (["--values", "1"], "values=1"),
