@@ -143,7 +143,15 @@ def parts(module: CoGAAttention, config: CoGAConfig, x_BTD: Tensor, context: Cal
             local["reads"],
             again * local["reads"],
         ),
-        Part("projections out", projections.output, (mixed, x_BTD), out, 2 * out, leaving, compiled=True),
+        Part(
+            "projections out",
+            lambda mixed, x: projections.output(mixed, x, backend),
+            (mixed, x_BTD),
+            out,
+            2 * out,
+            leaving,
+            compiled=True,
+        ),
     ]
     if layer.open_groups > 0:
         seen = far.group_BML if config.selection == "summary" else far.slot_BSL

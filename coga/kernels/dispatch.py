@@ -1,11 +1,12 @@
 """The one place that chooses a backend: custom ops `coga::...` with reference and Triton bodies.
 
-Models call `attend`, `group_attend`, `select`, `assign`, `permute` and `project` here and never ask which
-hardware they are on. Each op has fake and autograd registered, so `torch.compile(fullgraph=True)` and
-`opcheck` pass. On a CPU, or with backend="reference", the body is `coga.kernels.reference`; on CUDA it is
-Triton.
+Models call `attend`, `group_attend`, `select`, `assign`, `permute`, `project` and `gated_values` here and
+never ask which hardware they are on. Each op has fake and autograd registered, so
+`torch.compile(fullgraph=True)` and `opcheck` pass. On a CPU, or with backend="reference", the body is
+`coga.kernels.reference`; on CUDA it is Triton.
 
-Legend: B batch, T tokens, H heads, C content width, L = C + P, M groups, G groups in a window, K opened.
+Legend: B batch, T tokens, H heads, C content width, L = C + P, E = D/H, M groups, G groups in a window,
+K opened.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ __all__ = [
     "assign",
     "attend",
     "fuses_projections",
+    "fuses_values",
+    "gated_values",
     "group_attend",
     "permute",
     "project",
@@ -370,6 +373,69 @@ def project(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`triton_project.project`, where `fuses_projections`; the index query has no gradient."""
     return _project(x_BTX, *table, gain_H, index_H, content, eps)
+
+
+# --------------------------------------------------------------------------------------- gated values
+
+
+@torch.library.custom_op("coga::gated_values", mutates_args=(), tags=_LAYOUT)
+def _gated_values(mixed: Tensor, up: Tensor, gate: Tensor | None) -> Tensor:
+    from coga.kernels import triton_values
+
+    gate = None if gate is None else gate.contiguous()
+    return triton_values.gated_values(mixed.contiguous(), up.contiguous(), gate)
+
+
+@_gated_values.register_fake
+def _(mixed, up, gate):
+    return mixed.new_empty(*mixed.shape[:2], up.shape[0] * up.shape[2])
+
+
+@torch.library.custom_op("coga::gated_values_backward", mutates_args=(), tags=_LAYOUT)
+def _gated_values_backward(dy: Tensor, mixed: Tensor, up: Tensor, gate: Tensor | None) -> list[Tensor]:
+    from coga.kernels import triton_values
+
+    gate = None if gate is None else gate.contiguous()
+    dy, mixed, up = (t.contiguous() for t in (dy, mixed, up))
+    dmixed, dup, dgate = triton_values.gated_values_backward(dy, mixed, up, gate)
+    return [dmixed, dup.to(up.dtype), *([] if dgate is None else [dgate])]
+
+
+@_gated_values_backward.register_fake
+def _(dy, mixed, up, gate):
+    return [x.new_empty(x.shape) for x in (mixed, up, gate) if x is not None]
+
+
+def _values_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _values_autograd(ctx, dy):
+    dmixed, dup, *dgate = _gated_values_backward(dy, *ctx.saved_tensors)
+    return dmixed, dup, dgate[0] if dgate else None
+
+
+_gated_values.register_autograd(_values_autograd, setup_context=_values_setup)
+
+
+def _padded(width: int) -> int:
+    """The width of a tile."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def fuses_values(backend: str, mixed_BTHC: Tensor, up_HCE: Tensor, gate_BTD: Tensor | None) -> bool:
+    """Whether `gated_values` has a kernel: as for `project`, one dtype, and widths that fit in registers."""
+    if any(x is not None and x.dtype != mixed_BTHC.dtype for x in (up_HCE, gate_BTD)):
+        return False
+    content, width = (_padded(x) for x in up_HCE.shape[1:])
+    most = 64 * 64 if mixed_BTHC.dtype == torch.float32 else 128 * 128
+    fits = content * width <= most and content <= 256 and width <= 128
+    return fits and fuses_projections(backend, mixed_BTHC)
+
+
+def gated_values(mixed_BTHC: Tensor, up_HCE: Tensor, gate_BTD: Tensor | None) -> Tensor:
+    """`triton_values.gated_values`, where `fuses_values`: (B, T, D), sigmoid(gate) times mixed_h up_h."""
+    return _gated_values(mixed_BTHC, up_HCE, gate_BTD)
 
 
 # --------------------------------------------------------------------------------------------- select

@@ -144,7 +144,7 @@ class CoGAAttention(nn.Module):
                 far=far,
                 length_B=context.length_B,
             )
-        return AttentionOutput(self.projections.output(mixed, x_BTD), grouping, losses)
+        return AttentionOutput(self.projections.output(mixed, x_BTD, context.backend), grouping, losses)
 
     def _opens_all(self, groups: int) -> bool:
         return self.route_full and self.layer.open_groups >= groups

@@ -177,7 +177,7 @@ class _Piece:
             _push(layer["latent"], latent, length, self.count_B)
         if "hidden" in layer.tensors:
             _push(layer["hidden"], x, length, self.count_B)
-        return projections.output(mixed.to(q.dtype), x)
+        return projections.output(mixed.to(q.dtype), x, self.context.backend)
 
     def _full_keys(self, layer: LayerState, latent: Tensor, key_query: Tensor | None):
         """Keys of a dense layer, by position up to each row's end, aligned with the recent queries."""

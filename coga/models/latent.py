@@ -82,8 +82,11 @@ class LatentProjections(nn.Module):
         out = einsum(mixed_BTHC, up, "b t h c, h c e -> b t h e")
         return rearrange(out, "b t h e -> b t (h e)")
 
-    def output(self, mixed_BTHC: Tensor, x_BTD: Tensor) -> Tensor:
+    def output(self, mixed_BTHC: Tensor, x_BTD: Tensor, backend: str) -> Tensor:
+        """The way back out: (B, T, D) of what the heads have read."""
+        gate = None if self.gate is None else self.gate(x_BTD)
+        up = self.up_HCE.to(mixed_BTHC.dtype)
+        if dispatch.fuses_values(backend, mixed_BTHC, up, gate):
+            return self.out(dispatch.gated_values(mixed_BTHC, up, gate))
         y = self.values(mixed_BTHC)
-        if self.gate is not None:
-            y = y * torch.sigmoid(self.gate(x_BTD))
-        return self.out(y)
+        return self.out(y if gate is None else y * torch.sigmoid(gate))
