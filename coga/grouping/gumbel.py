@@ -31,12 +31,12 @@ from coga.config import CoGAConfig, LayerConfig
 from coga.grouping.base import BaseGrouping, GroupingContext, make_grouping
 from coga.grouping.choice import nearest
 from coga.grouping.noise import gumbel
-from coga.kernels.dispatch import assign
+from coga.kernels.dispatch import assign, refine
+from coga.kernels.refine import CENTROID_EPS
 from coga.types import Grouping, GroupingStats
 
-# A latent has norm sqrt(C), a centroid that some token prefers has norm 1 or more before it is normalised.
-# Near zero, where the direction means nothing, these bound the gradient (1 / EPS).
-CONTENT_EPS, CENTROID_EPS = 0.1, 1e-6
+# A latent has norm sqrt(C). Near zero, where its direction means nothing, this bounds the gradient (1 / EPS).
+CONTENT_EPS = 0.1
 
 __all__ = ["GumbelGrouping", "soft_assignment", "temperature"]
 
@@ -51,19 +51,27 @@ def temperature(step: Tensor | int, start: float, end: float, steps: int) -> Ten
 
 
 def soft_assignment(
-    unit_BNWC: Tensor, prototype_GC: Tensor, beta: float, steps: int, through: str = "last"
+    unit_BNWC: Tensor,
+    prototype_GC: Tensor,
+    beta: float,
+    steps: int,
+    through: str = "last",
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Logits (B, N, W, G) and centroids (B, N, G, C) after `steps` soft k-means steps in each window."""
+    """Logits (B, N, W, G) and centroids (B, N, G, C) after `steps` soft k-means steps in each window.
+
+    With `through` "last" the gradient is that of the last step, passed straight on to the prototypes, and
+    the steps before it are one call of `coga.kernels.dispatch.refine`; with "all" it is that of all steps.
+    """
     prototype = normalize(prototype_GC, dim=-1).expand(*unit_BNWC.shape[:2], -1, -1)
-    centroid = prototype
-    for step in range(steps):
-        if through == "last" and step == steps - 1 and step > 0:
-            centroid = prototype + (centroid - prototype).detach()
+    centroid, left = prototype, steps
+    if through == "last" and steps > 1:
+        centroid = refine(unit_BNWC, prototype_GC, beta, steps - 1, backend=backend)
+        centroid, left = prototype + (centroid - prototype).detach(), 1
+    for _ in range(left):
         logits = beta * (unit_BNWC @ centroid.transpose(-1, -2))
         total = logits.softmax(-1).transpose(-1, -2) @ unit_BNWC
         centroid = normalize(total, dim=-1, eps=CENTROID_EPS)
-        if through == "last" and step < steps - 1:
-            centroid = centroid.detach()
     return beta * (unit_BNWC @ centroid.transpose(-1, -2)), centroid
 
 
@@ -84,10 +92,11 @@ class GumbelGrouping(BaseGrouping):
         self.slow_GC: Tensor
         self.use_G: Tensor
 
-    def logits(self, unit_BNWC: Tensor, prototype_GC: Tensor) -> tuple[Tensor, Tensor]:
+    def logits(self, unit_BNWC: Tensor, prototype_GC: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
         cfg = self.config
         prototype = prototype_GC.to(unit_BNWC.dtype)
-        return soft_assignment(unit_BNWC, prototype, cfg.beta, cfg.refine_steps, cfg.refine_gradient)
+        options = cfg.beta, cfg.refine_steps, cfg.refine_gradient, backend
+        return soft_assignment(unit_BNWC, prototype, *options)
 
     def forward(self, content_BNWC: Tensor, context: GroupingContext) -> Grouping:
         cfg = self.config
@@ -97,10 +106,10 @@ class GumbelGrouping(BaseGrouping):
         prototype: Tensor = self.prototypes_GC
         if cfg.slow_prototypes and cfg.hysteresis == 0:
             prototype = prototype + (self.slow_GC - prototype).detach()
-        live, _ = self.logits(unit, prototype)
+        live, _ = self.logits(unit, prototype, context.backend)
         choice = live.detach()
         if cfg.slow_prototypes and cfg.hysteresis > 0:
-            slow = self.logits(unit.detach(), self.slow_GC)[0].detach()
+            slow = self.logits(unit.detach(), self.slow_GC, context.backend)[0].detach()
             choice = choice + cfg.hysteresis * one_hot(nearest(slow), self.groups).to(choice.dtype)
         preferred = nearest(choice)
         tau = temperature(context.step, cfg.tau_start, cfg.tau_end, cfg.tau_steps)

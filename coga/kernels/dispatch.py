@@ -1,7 +1,7 @@
 """The one place that chooses a backend: custom ops `coga::...` with reference and Triton bodies.
 
-Models call `attend`, `group_attend`, `select`, `assign`, `permute`, `project` and `gated_values` here and
-never ask which hardware they are on. Each op has fake and autograd registered, so
+Models call `attend`, `group_attend`, `select`, `refine`, `assign`, `permute`, `project` and `gated_values` here
+and never ask which hardware they are on. Each op has fake and autograd registered, so
 `torch.compile(fullgraph=True)` and `opcheck` pass. On a CPU, or with backend="reference", the body is
 `coga.kernels.reference`; on CUDA it is Triton.
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from coga.kernels import capacity, reference
+from coga.kernels import refine as plain_refine
 from coga.types import Far
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "group_attend",
     "permute",
     "project",
+    "refine",
     "resolve_backend",
     "select",
 ]
@@ -524,6 +526,26 @@ def select_members(
     slot = slot_BSL.detach().to(index_q_BTL.dtype)
     numbers = count, window, groups, slots, step
     return _select_members(index_q_BTL.detach(), slot, offset_BM, size_BM, *numbers, backend)
+
+
+# --------------------------------------------------------------------------------------------- refine
+
+
+@torch.library.custom_op("coga::refine", mutates_args=())
+def _refine(unit: Tensor, prototype: Tensor, beta: float, steps: int, backend: str) -> Tensor:
+    if resolve_backend(backend, unit.device) == "reference":
+        return plain_refine.refine(unit, prototype, beta, steps).contiguous()
+    return _bodies(backend, unit.device).refine(unit, prototype, beta, steps).contiguous()
+
+
+@_refine.register_fake
+def _(unit, prototype, beta, steps, backend):
+    return unit.new_empty(*unit.shape[:2], *prototype.shape[-2:])
+
+
+def refine(unit_BNWC: Tensor, prototype: Tensor, beta: float, steps: int, *, backend: str = "auto") -> Tensor:
+    """`coga.kernels.refine.refine`: centroids (B, N, G, C) after `steps` soft k-means steps; no gradient."""
+    return _refine(unit_BNWC.detach(), prototype.detach(), beta, steps, backend)
 
 
 # --------------------------------------------------------------------------------------------- assign

@@ -25,6 +25,7 @@ from coga.kernels.triton_assign import assign
 from coga.kernels.triton_flash import CAUSAL, FAR, GROUPED, WINDOWED, flash_forward, opened_bits
 from coga.kernels.triton_flash_backward import delta_rows, keys_gradient, queries_gradient
 from coga.kernels.triton_opened import opened_backward, opened_forward
+from coga.kernels.triton_refine import refine
 from coga.kernels.triton_select import select
 from coga.kernels.triton_select_members import select_members
 from coga.types import Far
@@ -35,6 +36,7 @@ __all__ = [
     "attend_backward",
     "group_attend",
     "group_attend_backward",
+    "refine",
     "select",
     "select_members",
 ]

@@ -184,6 +184,13 @@ def test_opcheck_select_and_assign():
     opcheck(torch.ops.coga.assign.default, (normal(3, W, G), 2, step, "reference"))
 
 
+@pytest.mark.parametrize("steps", [0, 2])
+def test_opcheck_refine(steps):
+    for prototype in (normal(G, C), normal(B, 3, G, C)):
+        args = (normal(B, 3, W, C), prototype, 8.0, steps, "reference")
+        opcheck(torch.ops.coga.refine.default, args, test_utils=OPCHECKS)
+
+
 # ------------------------------------------------------------------------------------------- compiling
 
 

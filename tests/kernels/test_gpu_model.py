@@ -238,7 +238,7 @@ def test_opcheck_of_the_triton_bodies():
     model = gpu_model(layers="8", n_layer=1)
     row = real_bytes(1, 4 * W).cuda()
     calls = []
-    for name in ("_attend", "_group_attend", "_select", "_assign"):
+    for name in ("_attend", "_group_attend", "_select", "_refine", "_assign"):
         op = getattr(dispatch, name)
 
         def keep(*args, op=op):
@@ -251,7 +251,7 @@ def test_opcheck_of_the_triton_bodies():
     finally:
         for op, _ in calls:
             setattr(dispatch, f"_{op._name}", op)
-    assert len({op._name for op, _ in calls}) == 4
+    assert len({op._name for op, _ in calls}) == 5
     for op, args in calls:
         args = [
             a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a
