@@ -1,7 +1,7 @@
 """The one place that chooses a backend: custom ops `coga::...` with reference and Triton bodies.
 
-Models call `attend`, `group_attend`, `select`, `refine`, `assign`, `permute`, `project` and `gated_values` here
-and never ask which hardware they are on. Each op has fake and autograd registered, so
+Models call `attend`, `group_attend`, `select`, `refine`, `assign`, `permute`, `project` and `gated_values`
+here and never ask which hardware they are on. Each op has fake and autograd registered, so
 `torch.compile(fullgraph=True)` and `opcheck` pass. On a CPU, or with backend="reference", the body is
 `coga.kernels.reference`; on CUDA it is Triton.
 
