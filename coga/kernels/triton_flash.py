@@ -363,13 +363,13 @@ def widths(width: int, content: int) -> dict:
     )
 
 
-def _tiles(dtype: torch.dtype, content: int) -> dict:
-    """Tile and schedule: timed on an H100 for content <= 64 (docs/log.md), elsewhere what fits."""
+def _tiles(dtype: torch.dtype, content: int, alone: bool) -> dict:
+    """Tile and schedule: timed for content <= 64 (docs/log.md), elsewhere what fits; alone: no far part."""
     if dtype == torch.float32:  # no tensor cores: wide tiles only make ptxas spill, and slow
         block = 32 if content <= 64 else 16
         return dict(BM=block, BN=32, num_warps=4, num_stages=1)
     if content <= 64:
-        return dict(BM=64, BN=64, num_warps=4, num_stages=3)
+        return dict(BM=64, BN=32 if alone else 64, num_warps=4, num_stages=4 if alone else 3)
     if content <= 128:
         return dict(BM=128, BN=64, num_warps=8, num_stages=3)
     return dict(BM=128, BN=32, num_warps=8, num_stages=2)
@@ -404,7 +404,7 @@ def flash_forward(
     assert group_BML is None or (bits is None) == (opened is None)
     out = q_BTHL.new_empty(batch, length, heads, content)
     lse = q_BTHL.new_empty(batch, length, heads, dtype=torch.float32)
-    tiles = tiles or _tiles(q_BTHL.dtype, content)
+    tiles = tiles or _tiles(q_BTHL.dtype, content, mode == WINDOWED.value and group_BML is None)
     grid = (triton.cdiv(length, tiles["BM"]) * heads, batch)
     none = q_BTHL  # never read
 

@@ -546,13 +546,13 @@ def _keys_tiles(dtype: torch.dtype, content: int, mode: int) -> dict:
     return dict(BM=32, BN=64, num_warps=8, num_stages=1)
 
 
-def _queries_tiles(dtype: torch.dtype, content: int) -> dict:
-    """Tile and schedule: timed on an H100 for content <= 64 (docs/log.md), elsewhere what fits."""
+def _queries_tiles(dtype: torch.dtype, content: int, summaries: bool) -> dict:
+    """Tile and schedule: timed for content <= 64 (docs/log.md), elsewhere what fits."""
     if dtype == torch.float32:  # no tensor cores: wide tiles only make ptxas spill, and slow
         block = 32 if content <= 64 else 16
         return dict(BM=block, BN=32, num_warps=4, num_stages=1)
     if content <= 64:
-        return dict(BM=64, BN=64, num_warps=4, num_stages=3)
+        return dict(BM=64, BN=32 if summaries else 64, num_warps=4, num_stages=3)
     if content <= 128:
         return dict(BM=128, BN=64, num_warps=8, num_stages=1)
     return dict(BM=64, BN=32, num_warps=8, num_stages=1)
@@ -670,7 +670,7 @@ def queries_gradient(
     batch, length, heads, width = q_BTHL.shape
     assert group_BML is None or (bits is None) == (dq_opened is None)
     assert (alpha_H is None) == (dq_band is None)
-    tiles = tiles or _queries_tiles(q_BTHL.dtype, content)
+    tiles = tiles or _queries_tiles(q_BTHL.dtype, content, group_BML is not None)
     blocks = triton.cdiv(length, tiles["BM"])
     dq = torch.empty_like(q_BTHL)
     dc = None if dq_band is None else torch.empty_like(dq_band)
