@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from _arms import Arm, field_value, parse_arms, parse_integers
 from _common import StrictParser, environment, holds_run
+from _dense_start import dense_twin
 from _rows import clean, read_rows
 from _settings import TRAINING
 
@@ -129,17 +130,24 @@ def checked(args: argparse.Namespace) -> tuple[list[Arm], list[int]]:
                 raise ValueError(f"{name}={value}: must be 0 with --dense-steps (arm {arm.text})")
         if arm.prototypes and not args.dense_steps:
             raise ValueError(f"prototypes={arm.prototypes!r}: needs --dense-steps (arm {arm.text})")
-        if arm.dense_plain and not args.dense_steps:
-            raise ValueError(f"dense='plain': needs --dense-steps (arm {arm.text})")
-        if arm.dense_latent_dim is not None:
-            arm.dense_config(args.preset, dict(args.set), seeds[0])
-            if not args.dense_steps:
-                raise ValueError(
-                    f"dense_latent_dim={arm.dense_latent_dim}: needs --dense-steps (arm {arm.text})"
-                )
+        for name, value in (
+            ("dense", arm.dense_plain and "plain"),
+            ("dense_latent_dim", arm.dense_latent_dim),
+        ):
+            if value and not args.dense_steps:
+                raise ValueError(f"{name}={value!r}: needs --dense-steps (arm {arm.text})")
+        if args.dense_steps:
+            _check_twin(arm, args, seeds[0])
         if config.vocab_size < 256:
             raise ValueError(f"vocab_size={config.vocab_size}: must be at least the data's 256")
     return arms, seeds
+
+
+def _check_twin(arm: Arm, args: argparse.Namespace, seed: int) -> None:
+    """ValueError where the arm's dense start cannot be built, or would not be dense."""
+    twin = dense_twin(arm.dense_config(args.preset, dict(args.set), seed))
+    if arm.dense_plain and any(twin.layer(i).kind == "mha" for i in range(twin.n_layer)):
+        raise ValueError(f"dense='plain': must have no layers of kind mha (arm {arm.text})")
 
 
 def _check_dense(args: argparse.Namespace) -> None:

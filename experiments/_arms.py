@@ -6,7 +6,8 @@
     "gumbel:lr_scale=2,prototype_lr=0.1"      and the run's own: all rates, and the prototypes' beside it
     "gumbel:prototypes=random"                and where they are after a dense start ("data" if not said)
     "full:latent_dim=32,dense_latent_dim=64"  and how wide latents are in the dense start, to be shrunk then
-    "gumbel:sink=false,dense=plain"           and whose dense start it goes on from: the unchanged model's
+    "gumbel:sink=false,dense=plain"           and whose dense start it goes on from: the unchanged model's;
+                                              what goes is missed then, what comes is new
 
 A list of arms is separated by commas; a part without a name ("sink=false") belongs to the arm before it.
 """

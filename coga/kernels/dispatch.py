@@ -1,9 +1,11 @@
 """The one place that chooses a backend: custom ops `coga::...` with reference and Triton bodies.
 
-Models call `attend`, `group_attend`, `select`, `refine`, `assign`, `permute`, `project` and `gated_values`
-here and never ask which hardware they are on. Each op has fake and autograd registered, so
-`torch.compile(fullgraph=True)` and `opcheck` pass. On a CPU, or with backend="reference", the body is
-`coga.kernels.reference`; on CUDA it is Triton.
+Models call `attend`, `group_attend`, `select`, `select_members`, `refine`, `assign`, `permute`, `project` and
+`gated_values` here and never ask which hardware they are on. Each op has a fake, and autograd where it has a
+gradient (`refine`, `select` and `assign` have none), so `torch.compile(fullgraph=True)` and `opcheck` pass.
+On a CPU, or with backend="reference", the body is plain PyTorch (`coga.kernels.reference`, `capacity`,
+`refine`); on CUDA it is Triton. `project` and `gated_values` have a Triton body only: the model asks
+`fuses_projections` and `fuses_values` first, and otherwise runs the plain lines beside the call.
 
 Legend: B batch, T tokens, H heads, C content width, L = C + P, E = D/H, M groups, G groups in a window,
 K opened.

@@ -189,10 +189,18 @@ def test_flops_of_a_case_counted_by_hand():
 @pytest.mark.parametrize("layers", ["near", "full", "4", "near 4 8"])
 @pytest.mark.parametrize("length", [1, 16, 80])
 def test_matrix_flops_are_those_that_torch_counts(layers, length):
-    """The kernels are opaque to torch's counter: all it sees is what is outside of reading and choosing."""
+    """The kernels are opaque to torch's counter: all it sees is what is outside of reading and choosing.
+
+    What `refine` costs is told it: two products of W x C by C x G a step and window.
+    """
+
+    def refining(unit_BNWC, prototype_GC, _beta, steps, _backend, out_shape=None):
+        return 2 * 2 * math.prod(unit_BNWC) * prototype_GC[0] * steps
+
     config = CoGAConfig.preset("tiny", **{**SMALL, "layers": layers})
     model = CoGAGPT(config).eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    told = {torch.ops.coga.refine: refining}
+    with FlopCounterMode(display=False, custom_mapping=told) as counter, torch.no_grad():
         model(torch.zeros(1, length, dtype=torch.int64))
     found = _flops.flops(config, length)
     chosen = found["choices"]
@@ -504,7 +512,8 @@ def test_a_switch_is_thrown_after_the_dense_start_of_the_unchanged_model(text, t
     def watched(model, *arguments, **options):
         before = {k: v.clone() for k, v in model.state_dict().items()}
         found = fit(model, *arguments, **options)
-        fits.append((options.get("first", 0), before, options.get("moments"), model.state_dict()))
+        after = {k: v.clone() for k, v in model.state_dict().items()}
+        fits.append((options.get("first", 0), before, options.get("moments"), after))
         return found
 
     monkeypatch.setattr(ablate, "fit", watched)
@@ -516,7 +525,9 @@ def test_a_switch_is_thrown_after_the_dense_start_of_the_unchanged_model(text, t
         assert all(torch.equal(x, trained[name]) for name, x in read.items() if name != "step_count")
         missing = {name for name in trained if name.endswith(gone)} if gone else set()
         assert trained.keys() - read.keys() == missing and len(missing) == 3 * len(gone)
-        assert read.keys() & moments.keys()
+        carried = [name for name, x in read.items() if name in moments]
+        assert {name for name in trained if name in moments} - {*carried} == missing
+        assert all(moments[name]["exp_avg"].any() and moments[name]["step"] == 4 for name in carried)
     assert rows["full:sink=false,dense=plain", 0]["start"]["dense"] == "plain"
     assert "dense" not in rows["full", 0]["start"]
 
@@ -774,6 +785,24 @@ BAD = {
     "dense-fading": (["--dense-steps", "4", "--set", "far_warmup=2"], "far_warmup=2: must be 0"),
     "prototypes-alone": (["--arms", "gumbel:prototypes=random"], "needs --dense-steps"),
     "plain-alone": (["--arms", "gumbel:sink=false,dense=plain"], "dense='plain': needs --dense-steps"),
+    "plain-mha": (["--arms", "mha:sink=false,dense=plain", "--dense-steps", "4"], "no layers of kind mha"),
+    "plain-unfit": (
+        [
+            "--arms",
+            "random,gumbel:coherence_weight=0.1,dense=plain",
+            "--dense-steps",
+            "4",
+            "--set",
+            "grouping=random",
+            "--set",
+            "selection=members",
+            "--set",
+            "summaries=false",
+            "--set",
+            "coherence_weight=0",
+        ],
+        "coherence_weight=0",
+    ),
     "wide-alone": (["--arms", "gumbel:dense_latent_dim=64"], "dense_latent_dim=64: needs --dense-steps"),
     "not-wide": (["--arms", "full:dense_latent_dim=4", "--dense-steps", "4"], "at least latent_dim="),
     "starts-alone": (["--starts", "elsewhere"], "needs --dense-steps"),

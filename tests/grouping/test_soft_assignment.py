@@ -7,6 +7,7 @@ import torch
 from support import F64, assert_close
 from torch.nn.functional import normalize
 
+from coga.grouping import gumbel
 from coga.grouping.gumbel import soft_assignment
 from coga.kernels import dispatch
 from coga.kernels.refine import CENTROID_EPS
@@ -54,8 +55,22 @@ def test_values_and_gradients_of_a_plain_loop(steps, through):
         assert b.norm() > 1e-3
 
 
-def test_the_steps_without_a_gradient_are_one_call():
-    """`refine` has no gradient, and from its centroids one step ends where all steps end."""
+@pytest.mark.parametrize(("steps", "through", "calls"), [(4, "last", [3]), (1, "last", []), (4, "all", [])])
+def test_the_steps_without_a_gradient_are_one_call(steps, through, calls, monkeypatch):
+    seen, refine = [], gumbel.refine
+
+    def watched(unit, prototype, beta, count, *, backend):
+        seen.append((count, backend))
+        return refine(unit, prototype, beta, count, backend=backend)
+
+    monkeypatch.setattr(gumbel, "refine", watched)
+    unit = normalize(torch.randn(B, N, W, C), dim=-1)
+    soft_assignment(unit, torch.randn(G, C), BETA, steps, through, "reference")
+    assert seen == [(count, "reference") for count in calls]
+
+
+def test_refine_has_no_gradient_and_goes_on_where_it_ended():
+    """From its centroids the steps that are left end where all steps end."""
     unit = normalize(torch.randn(B, N, W, C, dtype=F64), dim=-1).requires_grad_()
     prototype = torch.randn(G, C, dtype=F64, requires_grad=True)
     _, expected = by_hand(unit, prototype, 3, last=False)
