@@ -26,7 +26,7 @@ from coga import CoGAConfig
 from coga.models import CoGAGPT
 
 # What an arm may change that goes on from the unchanged model: the rest would leave weights without a start.
-CARRIED = ("sink", "output_gate", "reciprocal", "band", *GROUPS_ONLY)
+CARRIED = ("sink", "output_gate", "reciprocal", "band", "entropy_weight", *GROUPS_ONLY)
 
 __all__ = ["Arm", "field_value", "parse_arms", "parse_integers", "plain_config", "sharing_start", "slug"]
 
