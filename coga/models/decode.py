@@ -57,24 +57,33 @@ def _recent(ring: Tensor, length_B: Tensor) -> Tensor:
     return _take(ring, index)
 
 
+def _write(store: Tensor, chunk: Tensor, length_B: Tensor, count_B: Tensor) -> None:
+    """Write the chunk's first count tokens at positions length .. of a store indexed by position.
+
+    Only these places are touched: what a step costs does not follow from what is stored.
+    """
+    size = store.shape[1]
+    chunk = chunk[:, :size]  # no more than that are to be written
+    turn = torch.arange(chunk.shape[1], device=store.device)
+    # No two tokens of a row share a place, so those that are not to be written put back what was there.
+    place = (length_B[:, None] + turn) % size
+    fresh = (turn < count_B[:, None]).view(*place.shape, *[1] * (store.ndim - 2))
+    new = torch.where(fresh, chunk.to(store.dtype), _take(store, place))
+    store.scatter_(1, place.view(fresh.shape).expand_as(new), new)
+
+
 def _push(ring: Tensor, chunk: Tensor, length_B: Tensor, count_B: Tensor) -> None:
     """Write the chunk's first count tokens at positions length .. length+count-1, modulo the ring's size."""
     size = ring.shape[1]
+    if chunk.shape[1] <= size:
+        _write(ring, chunk, length_B, count_B)
+        return
     place = torch.arange(size, device=ring.device)
     last = (length_B + count_B)[:, None] - 1
     position = last - (last - place) % size  # the latest position that belongs in each place
     fresh = (position - length_B[:, None]).clamp(0, chunk.shape[1] - 1)
     is_new = (position >= length_B[:, None]).view(*position.shape, *[1] * (ring.ndim - 2))
     ring.copy_(torch.where(is_new, _take(chunk, fresh).to(ring.dtype), ring))
-
-
-def _write(store: Tensor, chunk: Tensor, length_B: Tensor, count_B: Tensor) -> None:
-    """Write the chunk's first count tokens at positions length .. of a store indexed by position."""
-    position = torch.arange(store.shape[1], device=store.device) - length_B[:, None]
-    fresh = (position >= 0) & (position < count_B[:, None])
-    view = fresh.view(*fresh.shape, *[1] * (store.ndim - 2))
-    taken = _take(chunk, position.clamp(0, chunk.shape[1] - 1))
-    store.copy_(torch.where(view, taken.to(store.dtype), store))
 
 
 def _earlier_raw(layer: LayerState, row: Tensor, groups: int) -> Tensor:

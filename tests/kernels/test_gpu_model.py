@@ -124,17 +124,19 @@ def test_decode_equals_the_full_forward(layers, selection):
     assert (found - full).norm() / full.norm() < 1e-4
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["launched", "compiled"])
 @pytest.mark.parametrize("selection", READINGS)
-def test_a_captured_decode_step_equals_the_eager_one(selection):
+def test_a_captured_decode_step_equals_the_eager_one(selection, compiled):
     model = gpu_model(train=False, **read_by(dict(selection=selection)))
     row = real_bytes(2, LENGTH, seed=5).cuda()
     eager, graphed = (model.new_state(2, max_len=LENGTH + 1) for _ in range(2))
     for state in (eager, graphed):
         model.step(row[:, : 2 * W + 9], state)
-    decoder = GraphedDecoder(model, graphed)
+    decoder = GraphedDecoder(model, graphed, compiled=compiled)
     for i in range(2 * W + 9, LENGTH):
         a, b = model.step(row[:, i : i + 1], eager)[0].logits[:, -1], decoder(row[:, i])
         assert (a - b).norm() / a.norm() < 1e-4, f"token {i}"
+    torch.compiler.reset()
 
 
 def test_one_graph_and_no_recompilation():

@@ -213,3 +213,44 @@ def test_a_state_that_is_full_or_of_another_batch_is_refused():
         model.new_state(1, max_len=513)
     with pytest.raises(ValueError, match=r"max_new_tokens=505"):
         model.generate(real_bytes(1, 9), max_new_tokens=505)
+
+
+@pytest.mark.parametrize("selection", READINGS)
+@pytest.mark.parametrize("layers", ["near 8", "8 full", "mha 8"])
+def test_a_step_that_reads_all_storage_is_one_graph(layers, selection):
+    """What `GraphedDecoder` captures: no break, and the bits of the same step without a compiler."""
+    config = read_by(dict(layers=layers, selection=selection, n_layer=2))
+    model = small_model(**config).eval()
+    row = real_bytes(2, 3 * W + 9, seed=4)
+    states = [model.new_state(2, max_len=4 * W) for _ in range(2)]
+    compiled = torch.compile(decode.advance, fullgraph=True, dynamic=False, backend="aot_eager")
+    with torch.no_grad():
+        for state in states:
+            model.step(row[:, : 3 * W], state)
+        for i in range(3 * W, 3 * W + 4):
+            a, b = (
+                run(model, row[:, i : i + 1], state, [1, 1], static=True)
+                for run, state in zip((decode.advance, compiled), states)
+            )
+            assert torch.equal(a, b)
+    for one, other in zip(states[0].layers, states[1].layers, strict=True):
+        assert all(torch.equal(x, other[name]) for name, x in one.tensors.items())
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("size", [16, 5, 3])
+def test_stores_keep_what_is_not_written(size):
+    """Rows of different lengths and counts, a chunk wider than the store, wrapping round: as a loop does."""
+    length, count = torch.tensor([0, 2, 9]), torch.tensor([3, 0, 1])
+    chunk = torch.randn(3, 4, 2)
+    for write, ring in ((decode._write, False), (decode._push, True)):
+        store = torch.randn(3, size, 2)
+        store[:, -1] = torch.nan  # what is not touched is not computed with
+        expected = store.clone()
+        if not ring and size < 10:  # a store indexed by position has room for all of a row
+            length = torch.tensor([0, 2, size - 1])
+        for row in range(3):
+            for i in range(int(count[row])):
+                expected[row, (int(length[row]) + i) % size] = chunk[row, i]
+        write(store, chunk, length, count)
+        assert torch.equal(store.nan_to_num(7), expected.nan_to_num(7))
