@@ -36,7 +36,7 @@ def _unit_rows(x, eps):
 
 
 @triton.jit
-def _tile(unit_ptr, first, w, c, width, C: tl.constexpr):
+def _contents(unit_ptr, first, w, c, width, C: tl.constexpr):
     """Contents of the tokens from `first` on; zeros beyond the window."""
     rows = (first + w)[:, None]
     return tl.load(unit_ptr + rows * C + c[None, :], mask=(rows < width) & (c < C)[None, :], other=0.0)
@@ -67,12 +67,12 @@ def _refine_kernel(
     at = g[:, None] * C + c[None, :]
     prototype = tl.load(prototype_ptr + window * prototype_stride + at, mask=cells, other=0.0)
     centroid = _unit_rows(prototype, prototype_eps)
-    unit = _tile(unit_ptr, 0, w, c, width, C)
+    unit = _contents(unit_ptr, 0, w, c, width, C)
     for _ in range(steps):
         total = tl.zeros([BG, BC], tl.float32)
         for first in range(0, width, BW):
             # The next tile, of this step or the next one, is on its way while this one is worked on.
-            ahead = _tile(unit_ptr, tl.where(first + BW < width, first + BW, 0), w, c, width, C)
+            ahead = _contents(unit_ptr, tl.where(first + BW < width, first + BW, 0), w, c, width, C)
             logits = beta * tl.dot(unit, tl.trans(centroid), input_precision=PRECISION)
             logits = tl.where((g < groups)[None, :], logits, -float("inf"))
             power = tl.exp(logits - tl.max(logits, 1)[:, None])
@@ -81,6 +81,21 @@ def _refine_kernel(
             unit = ahead
         centroid = _unit_rows(total, centroid_eps)
     tl.store(out_ptr + window * groups * C + at, centroid, mask=cells)
+
+
+def _room(device: torch.device) -> int:
+    """Bytes of shared memory that a program may take."""
+    if device.type != "cuda":  # the interpreter
+        return 2**20
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 2**20)
+
+
+def _tile(width: int, rows: int, columns: int, room: int) -> int:
+    """Tokens of a tile: as timed on an H200, or fewer where contents ahead and centroids do not fit."""
+    tile = min(128 if columns <= 64 else 32, max(16, triton.next_power_of_2(width)))
+    while tile > 16 and 4 * columns * (4 * tile + 2 * rows) > room:
+        tile //= 2
+    return tile
 
 
 def refine(
@@ -107,8 +122,7 @@ def refine(
         return plain.refine(unit_BNWC, prototype, beta, steps)
     unit, prototype = unit_BNWC.contiguous(), prototype.contiguous()
     out = unit.new_empty(batch, windows, groups, content)
-    if tile is None:
-        tile = min(128 if columns <= 64 else 32, max(16, triton.next_power_of_2(width)))
+    tile = tile or _tile(width, rows, columns, _room(unit.device))
     _refine_kernel[(batch * windows,)](
         unit,
         prototype,
