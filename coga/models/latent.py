@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from coga.config import CoGAConfig, LayerConfig
-from coga.kernels import dispatch
+from coga.kernels import fused
 from coga.models.rotary import rotate
 
 __all__ = ["LatentProjections", "rms_norm"]
@@ -59,9 +59,9 @@ class LatentProjections(nn.Module):
         index_H: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """`queries`, `latents` and, where it comes for free, `coga.models.index.index_query` (B, T, L)."""
-        if dispatch.fuses_projections(backend, x_BTD):
+        if fused.fuses_projections(backend, x_BTD):
             raw = linear(x_BTD, torch.cat([self.query.weight, self.latent.weight]))
-            return dispatch.project(raw, table, self.gain_H, index_H, content=self.content, eps=self.eps)
+            return fused.project(raw, table, self.gain_H, index_H, content=self.content, eps=self.eps)
         return self.queries(x_BTD, table), self.latents(x_BTD, table), None
 
     def queries(self, x_BTD: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
@@ -86,7 +86,7 @@ class LatentProjections(nn.Module):
         """The way back out: (B, T, D) of what the heads have read."""
         gate = None if self.gate is None else self.gate(x_BTD)
         up = self.up_HCE.to(mixed_BTHC.dtype)
-        if dispatch.fuses_values(backend, mixed_BTHC, up, gate):
-            return self.out(dispatch.gated_values(mixed_BTHC, up, gate))
+        if fused.fuses_values(backend, mixed_BTHC, up, gate):
+            return self.out(fused.gated_values(mixed_BTHC, up, gate))
         y = self.values(mixed_BTHC)
         return self.out(y if gate is None else y * torch.sigmoid(gate))

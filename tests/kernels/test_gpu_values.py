@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from coga import CoGAConfig
-from coga.kernels import dispatch, triton_values
+from coga.kernels import fused, triton_values
 from coga.models.latent import LatentProjections
 
 pytestmark = [
@@ -56,11 +56,11 @@ def run(body, mixed, up, gate, dy):
 @pytest.mark.parametrize("name", SHAPES)
 def test_error_at_most_twice_plain(name, gated, dtype):
     inputs = scene(**SHAPES[name], gated=gated, dtype=dtype)
-    if not dispatch.fuses_values("auto", *inputs[:3]):
+    if not fused.fuses_values("auto", *inputs[:3]):
         assert dtype == torch.float32 and name.startswith("wide")
         return
     truth = run(plain, *(None if x is None else x.double() for x in inputs))
-    results = (run(body, *inputs) for body in (dispatch.gated_values, plain))
+    results = (run(body, *inputs) for body in (fused.gated_values, plain))
     for ours, theirs, exact in zip(*results, truth, strict=True):
         norm = exact.norm().clamp_min(1e-30)
         error, allowed = ((x.double() - exact).norm() / norm for x in (ours, theirs))
@@ -71,10 +71,10 @@ def test_error_at_most_twice_plain(name, gated, dtype):
 def test_same_bits_twice(dtype):
     """And a row has the bits that it has alone."""
     inputs = scene(**SHAPES["gpt2"], dtype=dtype)
-    first, second = (run(dispatch.gated_values, *inputs) for _ in range(2))
+    first, second = (run(fused.gated_values, *inputs) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     mixed, up, gate, dy = inputs
-    y, dmixed, _, dgate = run(dispatch.gated_values, mixed[1:, 77:78], up, gate[1:, 77:78], dy[1:, 77:78])
+    y, dmixed, _, dgate = run(fused.gated_values, mixed[1:, 77:78], up, gate[1:, 77:78], dy[1:, 77:78])
     for one, whole in zip((y, dmixed, dgate), (first[0], first[1], first[3]), strict=True):
         assert torch.equal(one, whole[1:, 77:78])
 

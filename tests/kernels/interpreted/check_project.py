@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from coga import CoGAConfig
-from coga.kernels import dispatch
+from coga.kernels import fused
 from coga.models.index import index_query
 from coga.models.latent import LatentProjections
 from coga.models.rotary import rotary_table
@@ -65,7 +65,7 @@ def test_queries_alone():
     """Without the columns of the latent, as groups have no use for one."""
     module, x, table = scene(heads=3, content=16, rotary=8, length=21)
     raw = module.query(x).detach().requires_grad_()
-    q, latent, _ = dispatch.project(raw, table, module.gain_H, None, content=16, eps=module.eps)
+    q, latent, _ = fused.project(raw, table, module.gain_H, None, content=16, eps=module.eps)
     expected = module.queries(x, table)
     assert latent.numel() == 0 and (q - expected).norm() <= 2e-6 * expected.norm()
     grad = torch.randn_like(q)
@@ -87,7 +87,7 @@ def test_rows_of_any_layout(layout):
     results, weights = [], torch.rand(3)
     for raw in (x, given):
         raw = raw.detach().requires_grad_()
-        out = dispatch.project(raw, table, module.gain_H, weights, content=16, eps=module.eps)
+        out = fused.project(raw, table, module.gain_H, weights, content=16, eps=module.eps)
         grads = torch.autograd.grad([*out[:2]], [raw, module.gain_H], [torch.ones_like(t) for t in out[:2]])
         results.append([*out, *grads])
     assert not given.is_contiguous()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from coga import CoGAConfig
-from coga.kernels import dispatch, triton_values
+from coga.kernels import fused, triton_values
 from coga.models.latent import LatentProjections
 
 FLOOR = {torch.float16: 2**-13, torch.float32: 1e-6}
@@ -63,9 +63,9 @@ def run(body, mixed, up, gate, dy):
 @pytest.mark.parametrize("name", SHAPES)
 def test_error_at_most_twice_plain(name, gated, dtype):
     inputs = scene(**SHAPES[name], gated=gated, dtype=dtype)
-    assert dispatch.fuses_values("triton", *inputs[:3])
+    assert fused.fuses_values("triton", *inputs[:3])
     truth = run(plain, *(None if x is None else x.double() for x in inputs))
-    results = (run(body, *inputs) for body in (dispatch.gated_values, plain))
+    results = (run(body, *inputs) for body in (fused.gated_values, plain))
     for ours, theirs, exact in zip(*results, truth, strict=True):
         assert ours.shape == exact.shape
         norm = exact.norm()
@@ -77,7 +77,7 @@ def test_gates_that_are_shut_or_open():
     """Where sigmoid rounds to 0 or 1."""
     mixed, up, gate, dy = scene(heads=2, content=16, width=16, length=5)
     gate = torch.where(gate > 0, 80.0, -80.0)
-    for ours, exact in zip(*(run(f, mixed, up, gate, dy) for f in (dispatch.gated_values, plain))):
+    for ours, exact in zip(*(run(f, mixed, up, gate, dy) for f in (fused.gated_values, plain))):
         torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
 
 
@@ -93,7 +93,7 @@ def test_any_number_of_splits(splits):
         assert (ours - exact).norm() <= 2e-6 * exact.norm()
         assert (ours - one).norm() <= 2e-6 * exact.norm()
     y = triton_values.gated_values(mixed, up, gate, tiles=tiles)
-    assert torch.equal(y[:, :3], dispatch.gated_values(mixed[:, :3], up, gate[:, :3]))
+    assert torch.equal(y[:, :3], fused.gated_values(mixed[:, :3], up, gate[:, :3]))
 
 
 @pytest.mark.parametrize("heads", [1, 12, 1000])
@@ -133,7 +133,7 @@ def test_way_back_out(gated):
 
 def test_what_has_no_kernel():
     mixed, up, gate, _ = scene(heads=2, content=16, width=16, length=5)
-    fuses = dispatch.fuses_values
+    fuses = fused.fuses_values
     assert fuses("triton", mixed, up, gate) and fuses("triton", mixed, up, None)
     assert not fuses("reference", mixed, up, gate) and not fuses("auto", mixed, up, gate)
     assert not fuses("triton", mixed.double(), up.double(), gate.double())
@@ -165,7 +165,7 @@ def test_rows_of_any_layout(layout):
     results = []
     for *inputs, grad in ((mixed.contiguous(), up, gate.contiguous(), dy.contiguous()), given):
         inputs = [x.detach().requires_grad_() for x in inputs]
-        y = dispatch.gated_values(*inputs)
+        y = fused.gated_values(*inputs)
         results.append([y, *torch.autograd.grad(y, inputs, grad)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
