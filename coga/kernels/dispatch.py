@@ -1,8 +1,8 @@
 """The one place that chooses a backend: custom ops `coga::...` with reference and Triton bodies.
 
 Models call `attend`, `group_attend`, `select`, `select_members`, `refine`, `assign` and `permute` here and
-never ask which hardware they are on. Each op has a fake, and autograd where it has a gradient (`refine`,
-`select` and `assign` have none), so `torch.compile(fullgraph=True)` and `opcheck` pass. On a CPU, or with
+never ask which hardware they are on. Each op has a fake, and autograd where it has a gradient (choosing
+and `refine` have none), so `torch.compile(fullgraph=True)` and `opcheck` pass. On a CPU, or with
 backend="reference", the body is plain PyTorch (`coga.kernels.reference`, `capacity`, `refine`); on CUDA it is
 Triton. What has a Triton body only is in `coga.kernels.fused`.
 

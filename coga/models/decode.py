@@ -58,9 +58,8 @@ def _recent(ring: Tensor, length_B: Tensor) -> Tensor:
 
 
 def _write(store: Tensor, chunk: Tensor, length_B: Tensor, count_B: Tensor) -> None:
-    """Write the chunk's first count tokens at positions length .. of a store indexed by position.
-
-    Only these places are touched: what a step costs does not follow from what is stored.
+    """Write the chunk's first count tokens at positions length .. of a store indexed by position, modulo its
+    size. Only these places are touched: what a step costs does not follow from what is stored.
     """
     size = store.shape[1]
     chunk = chunk[:, :size]  # no more than that are to be written

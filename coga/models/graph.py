@@ -5,11 +5,13 @@
 
 The graph holds a step in which no row closes a window; it reads all storage under masks, so one capture
 serves every length. A step that closes a window (one in W for each row) runs eagerly. Results are those of
-`model.step`, up to rounding. A step is some hundred and fifty small kernels a layer: `compiled` lets Inductor
+`model.step`, up to rounding. A step is up to some two hundred small kernels a layer: `compiled` lets Inductor
 fuse them before they are captured.
 """
 
 from __future__ import annotations
+
+from types import FunctionType
 
 import torch
 from torch import Tensor
@@ -20,6 +22,17 @@ from coga.models.gpt import CoGAGPT
 from coga.models.state import DecodeState
 
 __all__ = ["GraphedDecoder"]
+
+
+def compiled_advance(backend: str = "inductor"):
+    """`advance`, compiled for one state.
+
+    A copy of its code: Dynamo counts recompilations by code object, and a process may have more decoders than
+    it allows.
+    """
+    code = advance.__code__.replace()
+    own = FunctionType(code, advance.__globals__, advance.__name__, advance.__defaults__)
+    return torch.compile(own, fullgraph=True, dynamic=False, backend=backend)
 
 
 class GraphedDecoder:
@@ -37,7 +50,7 @@ class GraphedDecoder:
                 "state.max_len=None: a graph needs storage that never moves; pass max_len to new_state"
             )
         self.model, self.state = model, state
-        self._advance = torch.compile(advance, fullgraph=True, dynamic=False) if compiled else advance
+        self._advance = compiled_advance() if compiled else advance
         self.tokens = torch.zeros(len(state.lengths), 1, dtype=torch.int64, device=state.length_B.device)
         self.graph, self.logits = self._capture()
 

@@ -25,6 +25,7 @@ from support import (
 from torch import Tensor
 
 from coga.models import CoGAGPT, decode
+from coga.models.graph import compiled_advance
 
 CASES = pairwise(
     dict(
@@ -223,7 +224,7 @@ def test_a_step_that_reads_all_storage_is_one_graph(layers, selection):
     model = small_model(**config).eval()
     row = real_bytes(2, 3 * W + 9, seed=4)
     states = [model.new_state(2, max_len=4 * W) for _ in range(2)]
-    compiled = torch.compile(decode.advance, fullgraph=True, dynamic=False, backend="aot_eager")
+    compiled = compiled_advance("aot_eager")
     with torch.no_grad():
         for state in states:
             model.step(row[:, : 3 * W], state)
@@ -235,6 +236,16 @@ def test_a_step_that_reads_all_storage_is_one_graph(layers, selection):
             assert torch.equal(a, b)
     for one, other in zip(states[0].layers, states[1].layers, strict=True):
         assert all(torch.equal(x, other[name]) for name, x in one.tensors.items())
+    torch.compiler.reset()
+
+
+def test_a_process_may_have_many_compiled_decoders():
+    """More than Dynamo recompiles one function for."""
+    model = small_model(layers="near", n_layer=1).eval()
+    token = torch.zeros(1, 1, dtype=torch.int64)
+    with torch.no_grad():
+        for n in range(torch._dynamo.config.recompile_limit + 2):
+            compiled_advance("eager")(model, token, model.new_state(1, max_len=20 + n), [1], static=True)
     torch.compiler.reset()
 
 
