@@ -241,7 +241,7 @@ def test_a_step_that_reads_all_storage_is_one_graph(layers, selection):
 
 def test_a_process_may_have_many_compiled_decoders():
     """More than Dynamo recompiles one function for."""
-    model = small_model(layers="near", n_layer=1).eval()
+    model = small_model(layers="full", n_layer=1).eval()
     token = torch.zeros(1, 1, dtype=torch.int64)
     with torch.no_grad():
         for n in range(torch._dynamo.config.recompile_limit + 2):
