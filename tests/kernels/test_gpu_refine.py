@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn.functional import normalize
+from scenes import clusters, relative_error
 
 from coga.kernels import dispatch
 from coga.kernels import refine as plain
@@ -19,23 +19,8 @@ pytestmark = [
 FLOOR = 2e-6
 
 
-def case(batch, windows, width, groups, content):
-    """Contents of a few clusters with one token of zeros, and prototypes of which one is far from all."""
-    g = torch.Generator("cuda").manual_seed(groups)
-    on = dict(generator=g, device="cuda")
-    centre = torch.randn(24, content, **on)
-    label = torch.randint(24, (batch, windows, width), **on)
-    x = centre[label] + 0.5 * torch.randn(batch, windows, width, content, **on)
-    x[..., 0] = 1.0
-    x[:, :, width // 2] = 0
-    prototype = torch.randn(groups, content, **on)
-    prototype[-1] = 0
-    prototype[-1, 0] = -3
-    return normalize(x, dim=-1, eps=0.1), prototype
-
-
-def error(x: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((x.double() - exact).norm() / exact.norm())
+def on_gpu(*shape):
+    return clusters(*shape, seed=shape[3], device="cuda")
 
 
 @pytest.mark.parametrize("beta", [8.0, 32.0])
@@ -52,19 +37,19 @@ def error(x: torch.Tensor, exact: torch.Tensor) -> float:
     ],
 )
 def test_error_at_most_twice_plain(width, groups, content, steps, beta):
-    unit, prototype = case(2, 8, width, groups, content)
+    unit, prototype = on_gpu(2, 8, width, groups, content)
     exact = plain.refine(unit.double(), prototype.double(), beta, steps)
     found, again = (dispatch.refine(unit, prototype, beta, steps, backend="triton") for _ in range(2))
     assert torch.equal(found, again)
     assert found.isfinite().all()
-    ours, theirs = (error(x, exact) for x in (found, plain.refine(unit, prototype, beta, steps)))
+    ours, theirs = (relative_error(x, exact) for x in (found, plain.refine(unit, prototype, beta, steps)))
     assert ours <= 2 * theirs + FLOOR, (ours, theirs)
 
 
 @pytest.mark.parametrize("width", [128, 200, 512])
 def test_windows_do_not_meet(width):
     """Another window, NaN included, changes no bit; nor does how many windows there are."""
-    unit, prototype = case(2, 3, width, 16, 64)
+    unit, prototype = on_gpu(2, 3, width, 16, 64)
     base = dispatch.refine(unit, prototype, 32.0, 3, backend="triton")
     for value in (1e3, float("nan")):
         other = unit.clone()
@@ -79,7 +64,7 @@ def test_windows_do_not_meet(width):
 
 
 def test_a_total_of_zero_stays_zero():
-    _, prototype = case(1, 1, 16, 8, 64)
+    _, prototype = on_gpu(1, 1, 16, 8, 64)
     zero = torch.zeros(1, 2, 512, 64, device="cuda")
     found = dispatch.refine(zero, prototype, 8.0, 3, backend="triton")
     assert torch.equal(found, torch.zeros_like(found))
@@ -87,6 +72,6 @@ def test_a_total_of_zero_stays_zero():
 
 @pytest.mark.parametrize("per_window", [False, True])
 def test_opcheck(per_window):
-    unit, prototype = case(2, 4, 512, 16, 64)
+    unit, prototype = on_gpu(2, 4, 512, 16, 64)
     prototype = prototype.expand(2, 4, -1, -1) if per_window else prototype
     torch.library.opcheck(torch.ops.coga.refine.default, (unit, prototype, 8.0, 3, "triton"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from scenes import plain_values, run_values, value_scene
 
 from coga import CoGAConfig
 from coga.kernels import fused, triton_values
@@ -28,39 +29,16 @@ SHAPES = {
 }
 
 
-def scene(heads, content, width, length, batch=1, gated=True, dtype=torch.float32):
-    """mixed, up, gate (or None) and the gradient of y."""
-    torch.manual_seed(heads)
-    mixed = torch.randn(batch, length, heads, content, device="cuda")
-    up = torch.randn(heads, content, width, device="cuda") / content**0.5
-    gate, dy = (2 * torch.randn(batch, length, heads * width, device="cuda") for _ in range(2))
-    return [x if x is None else x.to(dtype) for x in (mixed, up, gate if gated else None, dy)]
-
-
-def plain(mixed, up, gate):
-    y = torch.einsum("bthc,hce->bthe", mixed, up).flatten(2)
-    return y if gate is None else y * torch.sigmoid(gate)
-
-
-def run(body, mixed, up, gate, dy):
-    """y, then the gradients of mixed, up and, where there is one, the gate."""
-    inputs = [None if x is None else x.detach().clone().requires_grad_() for x in (mixed, up, gate)]
-    y = body(*inputs)
-    found = [y.detach(), *torch.autograd.grad(y, [x for x in inputs if x is not None], dy)]
-    assert all(x.dtype == mixed.dtype for x in found)
-    return found
-
-
 @pytest.mark.parametrize("dtype", list(FLOOR), ids=["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
 def test_error_at_most_twice_plain(name, gated, dtype):
-    inputs = scene(**SHAPES[name], gated=gated, dtype=dtype)
+    inputs = value_scene(**SHAPES[name], gated=gated, dtype=dtype, device="cuda")
     if not fused.fuses_values("auto", *inputs[:3]):
         assert dtype == torch.float32 and name.startswith("wide")
         return
-    truth = run(plain, *(None if x is None else x.double() for x in inputs))
-    results = (run(body, *inputs) for body in (fused.gated_values, plain))
+    truth = run_values(plain_values, *(None if x is None else x.double() for x in inputs))
+    results = (run_values(body, *inputs) for body in (fused.gated_values, plain_values))
     for ours, theirs, exact in zip(*results, truth, strict=True):
         norm = exact.norm().clamp_min(1e-30)
         error, allowed = ((x.double() - exact).norm() / norm for x in (ours, theirs))
@@ -70,11 +48,11 @@ def test_error_at_most_twice_plain(name, gated, dtype):
 @pytest.mark.parametrize("dtype", list(FLOOR), ids=["bf16", "fp16", "fp32"])
 def test_same_bits_twice(dtype):
     """And a row has the bits that it has alone."""
-    inputs = scene(**SHAPES["gpt2"], dtype=dtype)
-    first, second = (run(fused.gated_values, *inputs) for _ in range(2))
+    inputs = value_scene(**SHAPES["gpt2"], dtype=dtype, device="cuda")
+    first, second = (run_values(fused.gated_values, *inputs) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     mixed, up, gate, dy = inputs
-    y, dmixed, _, dgate = run(fused.gated_values, mixed[1:, 77:78], up, gate[1:, 77:78], dy[1:, 77:78])
+    y, dmixed, _, dgate = run_values(fused.gated_values, mixed[1:, 77:78], up, gate[1:, 77:78], dy[1:, 77:78])
     for one, whole in zip((y, dmixed, dgate), (first[0], first[1], first[3]), strict=True):
         assert torch.equal(one, whole[1:, 77:78])
 
@@ -141,6 +119,6 @@ def test_way_back_out(gated, autocast):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("gated", [False, True])
 def test_opcheck(gated):
-    inputs = scene(**SHAPES["odd-widths"], gated=gated, dtype=torch.bfloat16)[:3]
+    inputs = value_scene(**SHAPES["odd-widths"], gated=gated, dtype=torch.bfloat16, device="cuda")[:3]
     inputs = tuple(x if x is None else x.requires_grad_() for x in inputs)
     torch.library.opcheck(torch.ops.coga.gated_values, inputs)

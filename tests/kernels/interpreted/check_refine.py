@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn.functional import normalize
+from scenes import clusters, relative_error
 
 from coga.grouping.gumbel import soft_assignment
 from coga.kernels import dispatch
@@ -25,42 +25,27 @@ SHAPES = [  # batch, windows, tokens, groups, width
 ]
 
 
-def case(batch, windows, width, groups, content, seed=0):
-    """Contents of a few clusters with one token of zeros, and prototypes of which one is far from all."""
-    g = torch.Generator().manual_seed(seed)
-    centre = torch.randn(5, content, generator=g)
-    label = torch.randint(5, (batch, windows, width), generator=g)
-    x = centre[label] + 0.5 * torch.randn(batch, windows, width, content, generator=g)
-    x[..., 0] = 1.0
-    x[:, :, width // 2] = 0
-    prototype = torch.randn(groups, content, generator=g)
-    prototype[-1] = 0
-    prototype[-1, 0] = -3
-    return normalize(x, dim=-1, eps=0.1), prototype
-
-
-def error(x: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((x.double() - exact).norm() / exact.norm())
-
-
 @pytest.mark.parametrize("beta", [8.0, 32.0])
 @pytest.mark.parametrize("steps", [0, 1, 3])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_error_at_most_twice_plain(shape, steps, beta):
-    unit, prototype = case(*shape)
+    unit, prototype = clusters(*shape)
     exact = plain.refine(unit.double(), prototype.double(), beta, steps)
     found = refine(unit, prototype, beta, steps)
     assert found.shape == exact.shape and found.dtype == torch.float32
-    assert error(found, exact) <= 2 * error(plain.refine(unit, prototype, beta, steps), exact) + ULPS
+    assert (
+        relative_error(found, exact)
+        <= 2 * relative_error(plain.refine(unit, prototype, beta, steps), exact) + ULPS
+    )
 
 
 @pytest.mark.parametrize("tile", [16, 64])
 def test_prototypes_of_each_window_and_other_tiles(tile):
-    unit, _ = case(2, 2, 72, 4, 24)
+    unit, _ = clusters(2, 2, 72, 4, 24)
     prototype = torch.randn(2, 2, 4, 24, generator=torch.Generator().manual_seed(1))
     exact = plain.refine(unit.double(), prototype.double(), 8.0, 2)
-    plain_error = error(plain.refine(unit, prototype, 8.0, 2), exact)
-    assert error(refine(unit, prototype, 8.0, 2, tile=tile), exact) <= 2 * plain_error + ULPS
+    plain_error = relative_error(plain.refine(unit, prototype, 8.0, 2), exact)
+    assert relative_error(refine(unit, prototype, 8.0, 2, tile=tile), exact) <= 2 * plain_error + ULPS
     mixed = unit.transpose(0, 1).contiguous().transpose(0, 1)  # not contiguous
     assert torch.equal(refine(mixed, prototype, 8.0, 2), refine(unit, prototype, 8.0, 2))
 
@@ -69,7 +54,7 @@ def test_prototypes_of_each_window_and_other_tiles(tile):
 @pytest.mark.parametrize("width", [16, 48, 200])
 def test_windows_do_not_meet(width):
     """Another window, NaN included, changes no bit; nor does how many windows there are."""
-    unit, prototype = case(2, 3, width, 4, 16)
+    unit, prototype = clusters(2, 3, width, 4, 16)
     base = refine(unit, prototype, 8.0, 3)
     for value in (None, 1e3, float("nan")):
         other = unit.clone()
@@ -103,7 +88,7 @@ def test_a_total_of_zero_stays_zero():
     [(3, 16, torch.float64), (MOST_GROUPS + 1, 16, torch.float32), (2, WIDEST + 1, torch.float32)],
 )
 def test_without_a_kernel_the_reference_runs(groups, content, dtype):
-    unit, prototype = (x.to(dtype) for x in case(1, 2, 24, groups, content))
+    unit, prototype = (x.to(dtype) for x in clusters(1, 2, 24, groups, content))
     found = dispatch.refine(unit, prototype, 8.0, 2, backend="triton")
     assert torch.equal(found, plain.refine(unit, prototype, 8.0, 2))
 
@@ -116,17 +101,17 @@ def test_nothing_to_refine():
 
 def test_the_soft_assignment_through_the_kernel():
     """Logits and gradients of a whole soft assignment are near those of the reference."""
-    unit, prototype = (x.requires_grad_() for x in case(2, 2, 48, 8, 24))
+    unit, prototype = (x.requires_grad_() for x in clusters(2, 2, 48, 8, 24))
     grads = []
     for backend in ("triton", "reference"):
         logits, centroid = soft_assignment(unit, prototype, 8.0, 4, backend=backend)
         total = logits.square().mean() + centroid.sum()
         grads.append([logits.detach(), *torch.autograd.grad(total, (unit, prototype))])
     for ours, plain_ in zip(*grads, strict=True):
-        assert error(ours, plain_.double()) < 1e-4
+        assert relative_error(ours, plain_.double()) < 1e-4
 
 
 def test_opcheck():
-    unit, prototype = case(1, 2, 24, 3, 16)
+    unit, prototype = clusters(1, 2, 24, 3, 16)
     for given in (prototype, prototype.expand(1, 2, -1, -1)):
         torch.library.opcheck(torch.ops.coga.refine.default, (unit, given, 8.0, 2, "triton"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from scenes import plain_values, run_values, value_scene
 
 from coga import CoGAConfig
 from coga.kernels import fused, triton_values
@@ -35,37 +36,14 @@ def poisoned_memory(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
 
 
-def scene(heads, content, width, length, batch=1, gated=True, dtype=torch.float32):
-    """mixed, up, gate (or None) and the gradient of y."""
-    torch.manual_seed(heads)
-    mixed = torch.randn(batch, length, heads, content)
-    up = torch.randn(heads, content, width) / content**0.5
-    gate, dy = (2 * torch.randn(batch, length, heads * width) for _ in range(2))
-    return [x if x is None else x.to(dtype) for x in (mixed, up, gate if gated else None, dy)]
-
-
-def plain(mixed, up, gate):
-    y = torch.einsum("bthc,hce->bthe", mixed, up).flatten(2)
-    return y if gate is None else y * torch.sigmoid(gate)
-
-
-def run(body, mixed, up, gate, dy):
-    """y, then the gradients of mixed, up and, where there is one, the gate."""
-    inputs = [None if x is None else x.detach().clone().requires_grad_() for x in (mixed, up, gate)]
-    y = body(*inputs)
-    found = [y, *torch.autograd.grad(y, [x for x in inputs if x is not None], dy)]
-    assert all(x.dtype == mixed.dtype for x in found)
-    return found
-
-
 @pytest.mark.parametrize("dtype", list(FLOOR), ids=["fp16", "fp32"])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
 def test_error_at_most_twice_plain(name, gated, dtype):
-    inputs = scene(**SHAPES[name], gated=gated, dtype=dtype)
+    inputs = value_scene(**SHAPES[name], gated=gated, dtype=dtype)
     assert fused.fuses_values("triton", *inputs[:3])
-    truth = run(plain, *(None if x is None else x.double() for x in inputs))
-    results = (run(body, *inputs) for body in (fused.gated_values, plain))
+    truth = run_values(plain_values, *(None if x is None else x.double() for x in inputs))
+    results = (run_values(body, *inputs) for body in (fused.gated_values, plain_values))
     for ours, theirs, exact in zip(*results, truth, strict=True):
         assert ours.shape == exact.shape
         norm = exact.norm()
@@ -75,20 +53,20 @@ def test_error_at_most_twice_plain(name, gated, dtype):
 
 def test_gates_that_are_shut_or_open():
     """Where sigmoid rounds to 0 or 1."""
-    mixed, up, gate, dy = scene(heads=2, content=16, width=16, length=5)
+    mixed, up, gate, dy = value_scene(heads=2, content=16, width=16, length=5)
     gate = torch.where(gate > 0, 80.0, -80.0)
-    for ours, exact in zip(*(run(f, mixed, up, gate, dy) for f in (fused.gated_values, plain))):
+    for ours, exact in zip(*(run_values(f, mixed, up, gate, dy) for f in (fused.gated_values, plain_values))):
         torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 5, 9])
 def test_any_number_of_splits(splits):
     """Also more than there are tiles. A row is the same whoever computes it."""
-    mixed, up, gate, dy = scene(heads=3, content=24, width=20, length=71, batch=2)
+    mixed, up, gate, dy = value_scene(heads=3, content=24, width=20, length=71, batch=2)
     tiles = dict(BM=16, num_warps=4, num_stages=1) if splits < 9 else dict(BM=32, num_warps=4, num_stages=1)
     whole = triton_values.gated_values_backward(dy, mixed, up, gate, tiles=dict(BM=16), splits=1)
     cut = triton_values.gated_values_backward(dy, mixed, up, gate, tiles=tiles, splits=splits)
-    expected = run(plain, mixed, up, gate, dy)[1:]
+    expected = run_values(plain_values, mixed, up, gate, dy)[1:]
     for ours, one, exact in zip(cut, whole, expected, strict=True):
         assert (ours - exact).norm() <= 2e-6 * exact.norm()
         assert (ours - one).norm() <= 2e-6 * exact.norm()
@@ -132,7 +110,7 @@ def test_way_back_out(gated):
 
 
 def test_what_has_no_kernel():
-    mixed, up, gate, _ = scene(heads=2, content=16, width=16, length=5)
+    mixed, up, gate, _ = value_scene(heads=2, content=16, width=16, length=5)
     fuses = fused.fuses_values
     assert fuses("triton", mixed, up, gate) and fuses("triton", mixed, up, None)
     assert not fuses("reference", mixed, up, gate) and not fuses("auto", mixed, up, gate)
@@ -141,14 +119,14 @@ def test_what_has_no_kernel():
     assert not fuses("triton", mixed[:, :0], up, gate[:, :0])
     for kind, most in ((torch.float32, 64), (torch.bfloat16, 128)):
         for more in (False, True):
-            wide = scene(heads=1, content=most, width=most + more, length=1, dtype=kind)
+            wide = value_scene(heads=1, content=most, width=most + more, length=1, dtype=kind)
             assert fuses("triton", *wide[:3]) != more
 
 
 @pytest.mark.parametrize("layout", ["padded", "transposed", "expanded"])
 def test_rows_of_any_layout(layout):
     """Same bits, gradients included."""
-    mixed, up, gate, dy = scene(heads=3, content=16, width=20, length=7, batch=2)
+    mixed, up, gate, dy = value_scene(heads=3, content=16, width=20, length=7, batch=2)
     if layout == "expanded":
         mixed, gate, dy = (x[:, :1].expand_as(x) for x in (mixed, gate, dy))
 
@@ -173,7 +151,7 @@ def test_rows_of_any_layout(layout):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("gated", [False, True])
 def test_opcheck(gated):
-    inputs = scene(heads=3, content=16, width=20, length=7, batch=2, gated=gated)[:3]
+    inputs = value_scene(heads=3, content=16, width=20, length=7, batch=2, gated=gated)[:3]
     for x in inputs:
         if x is not None:
             x.requires_grad_()
