@@ -32,7 +32,7 @@ from coga.grouping.base import BaseGrouping, GroupingContext, make_grouping
 from coga.grouping.choice import nearest
 from coga.grouping.noise import gumbel
 from coga.kernels.dispatch import assign, refine
-from coga.kernels.refine import CENTROID_EPS
+from coga.kernels.refine import refine_step
 from coga.types import Grouping, GroupingStats
 
 # A latent has norm sqrt(C). Near zero, where its direction means nothing, this bounds the gradient (1 / EPS).
@@ -69,9 +69,7 @@ def soft_assignment(
         centroid = refine(unit_BNWC, prototype_GC, beta, steps - 1, backend=backend)
         centroid, left = prototype + (centroid - prototype).detach(), 1
     for _ in range(left):
-        logits = beta * (unit_BNWC @ centroid.transpose(-1, -2))
-        total = logits.softmax(-1).transpose(-1, -2) @ unit_BNWC
-        centroid = normalize(total, dim=-1, eps=CENTROID_EPS)
+        centroid = refine_step(unit_BNWC, centroid, beta)
     return beta * (unit_BNWC @ centroid.transpose(-1, -2)), centroid
 
 

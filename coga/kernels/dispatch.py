@@ -6,8 +6,7 @@ and `refine` have none), so `torch.compile(fullgraph=True)` and `opcheck` pass. 
 backend="reference", the body is plain PyTorch (`coga.kernels.reference`, `capacity`, `refine`); on CUDA it is
 Triton. What has a Triton body only is in `coga.kernels.fused`.
 
-Legend: B batch, T tokens, H heads, C content width, L = C + P, M groups, G groups in a window,
-K opened.
+Legend: B batch, T tokens, H heads, C content width, L = C + P, M groups, G groups in a window, K opened.
 """
 
 from __future__ import annotations
@@ -386,9 +385,9 @@ def select_members(
 
 @torch.library.custom_op("coga::refine", mutates_args=())
 def _refine(unit: Tensor, prototype: Tensor, beta: float, steps: int, backend: str) -> Tensor:
-    if resolve_backend(backend, unit.device) == "reference":
-        return plain_refine.refine(unit, prototype, beta, steps).contiguous()
-    return _bodies(backend, unit.device).refine(unit, prototype, beta, steps).contiguous()
+    plain = resolve_backend(backend, unit.device) == "reference"
+    body = plain_refine if plain else _bodies(backend, unit.device)
+    return body.refine(unit, prototype, beta, steps).contiguous()
 
 
 @_refine.register_fake

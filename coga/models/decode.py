@@ -74,15 +74,11 @@ def _write(store: Tensor, chunk: Tensor, length_B: Tensor, count_B: Tensor) -> N
 def _push(ring: Tensor, chunk: Tensor, length_B: Tensor, count_B: Tensor) -> None:
     """Write the chunk's first count tokens at positions length .. length+count-1, modulo the ring's size."""
     size = ring.shape[1]
-    if chunk.shape[1] <= size:
-        _write(ring, chunk, length_B, count_B)
-        return
-    place = torch.arange(size, device=ring.device)
-    last = (length_B + count_B)[:, None] - 1
-    position = last - (last - place) % size  # the latest position that belongs in each place
-    fresh = (position - length_B[:, None]).clamp(0, chunk.shape[1] - 1)
-    is_new = (position >= length_B[:, None]).view(*position.shape, *[1] * (ring.ndim - 2))
-    ring.copy_(torch.where(is_new, _take(chunk, fresh).to(ring.dtype), ring))
+    if chunk.shape[1] > size:  # of a row's tokens the ring keeps the last
+        past_B = (count_B - size).clamp_min(0)
+        chunk = _take(chunk, past_B[:, None] + torch.arange(size, device=ring.device))
+        length_B, count_B = length_B + past_B, count_B - past_B
+    _write(ring, chunk, length_B, count_B)
 
 
 def _earlier_raw(layer: LayerState, row: Tensor, groups: int) -> Tensor:
