@@ -101,6 +101,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--batch", type=int, default=8, help="contexts a training step (8)")
     add("--lr", type=float, default=4e-3, help="peak learning rate of --train (0.004)")
     add("--finetune-lr", type=float, default=1e-3, help="and of --finetune (0.001)")
+    add("--finetune-final-lr", type=float, default=0.1, help="its rate at the end, over its peak (0.1)")
     return made.parse_args(argv)
 
 
@@ -128,6 +129,10 @@ def check(args: argparse.Namespace) -> tuple[CoGAGPT | None, CoGAConfig, list[Re
     at_least(args, 1, "n", "contexts", "batch", "window")
     at_least(args, 0, "train", "finetune", "seed")
     positive(args, "lr", "finetune_lr")
+    if not 0 <= args.finetune_final_lr <= 1:
+        raise ValueError(
+            f"finetune_final_lr={args.finetune_final_lr}: must be a share of the peak, between 0 and 1"
+        )
     if args.n <= 2 * args.window:
         raise ValueError(
             f"n={args.n}: must be above two windows = {2 * args.window}; shorter has no far field"
@@ -178,7 +183,9 @@ class Run:
         batch = max(1, TOKENS_AT_ONCE[self.device.type] // self.args.n)
         return figures(validate(model, self.tokens, self.targets, self.device, batch)[0])
 
-    def train(self, model: CoGAGPT, steps: int, lr: float, first: int, title: str) -> dict[str, Any]:
+    def train(
+        self, model: CoGAGPT, steps: int, lr: float, first: int, title: str, floor: float = 0.1
+    ) -> dict[str, Any]:
         args = self.args
         fitted = fit(
             model,
@@ -186,6 +193,7 @@ class Run:
             steps,
             lr=lr,
             warmup=max(1, steps // 10),
+            floor=floor,
             device=self.device,
             compiled=args.compile,
             graphed=args.graph,
@@ -196,6 +204,7 @@ class Run:
         return {
             "steps": steps,
             "lr": lr,
+            "final_lr": floor,
             "tokens": fitted.tokens,
             "losses": fitted.losses,
             "seconds": fitted.seconds,
@@ -250,7 +259,8 @@ class Run:
             other = self.as_read(model, reading)
             before = self.measure(other)
             title = f"fine-tuning {reading.text}"
-            found = self.train(other, self.args.finetune, self.args.finetune_lr, FINETUNING, title)
+            rate, floor = self.args.finetune_lr, self.args.finetune_final_lr
+            found = self.train(other, self.args.finetune, rate, FINETUNING, title, floor)
             other.eval().save_pretrained(self.args.out / f"finetuned-{reading.text.replace(':', '-')}")
             row = {"kind": "finetune", "arm": reading.text, "far_bias": self.args.far_bias}
             self.add({**row, "before": before, "after": self.measure(other), **found})

@@ -209,6 +209,7 @@ BAD = {
     "train-too": (["--train", "3"], "train=3"),
     "arm": (["--finetune", "2", "--finetune-arm", "kmeans"], "finetune_arm='kmeans'"),
     "arm-alone": (["--finetune-arm", "near"], "needs --finetune"),
+    "final-rate": (["--finetune-final-lr", "1.5"], "finetune_final_lr=1.5"),
     "device": (["--device", "abacus"], "device='abacus'"),
     "graph": (["--graph", "--device", "cpu"], "graph=True: needs a CUDA device"),
     "missing": (["--data", "/nowhere/text"], "existing file or folder"),
