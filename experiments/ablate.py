@@ -15,7 +15,8 @@ steps, too, on a model with `full` layers: weights and moments of the optimizer 
 and prototypes are found in the text by k-means (`prototypes=random`: they are not). With `dense_latent_dim`
 latents are that wide in the dense part, and then shrunk to the arm's (`coga.models.shrink`); with
 `dense=plain` the dense part is the unchanged model's, whose sink, gate, reciprocal term or band go or come
-then. What is measured is in `_fit.py`, FLOPs are counted in `_flops.py`.
+then. What is measured is in `_fit.py` and `_copying.py` (a dense model should copy before it is read through
+groups), FLOPs are counted in `_flops.py`.
 
 The folder gets rows.jsonl (one line a run, as soon as it is done), table.md, positions.png, losses.png,
 flips.png and starts/ (dense models). Exit codes: 0 done or out of time, 1 a run that did not fit into memory,
@@ -50,6 +51,7 @@ from _ablate_settings import (
 )
 from _arms import Arm, plain_config, sharing_start, slug
 from _common import choose_device, environment, fail, machine_line, make_folder
+from _copying import copying
 from _dense_start import dense_twin, kept, load_start, save_start, start_folder
 from _evaluate import probe_tokens
 from _fit import Fitted, Moments, fit, group_metrics, per_hundred, position_report, validate
@@ -65,6 +67,7 @@ from coga.models.shrink import shrink_latents
 
 __all__ = ["main"]
 
+COPIED = 8  # held-out contexts on which copying is measured
 FREE = ("data", "validation", "beyond")  # what a dense start does not depend on
 
 
@@ -118,7 +121,10 @@ def _start(
         drawn = partial(batches, corpus, setting.dense_n, many, seed)
         title = f"dense start of {arm.text} seed {seed}"
         rest = dict(last=setting.dense_steps, keep_moments=True, title=title)
-        save_start(folder, model, fit(model, drawn, setting.steps, **rest, **_options(arm, setting, device)))
+        fitted = fit(model, drawn, setting.steps, **rest, **_options(arm, setting, device))
+        held_out = contexts(corpus, setting.dense_n, min(setting.validation, COPIED))
+        fitted.copying = copying(model, *held_out, device, many)
+        save_start(folder, model, fitted)
     model, moments, dense = load_start(folder)
     model = model.to(device)  # where prototypes are found, too
     if model.config == config:
@@ -179,6 +185,8 @@ def _run(
         **fitted.flips,
         "dense_tokens": dense.tokens,
         "dense_seconds": dense.seconds,
+        "dense_copying": dense.copying,
+        "copying": copying(model, tokens_BT[:COPIED], targets_BT[:COPIED], device, setting.batch),
         "seconds": fitted.seconds,
         "tokens_per_second": speed,
         "forward_flops_per_token": parts,

@@ -27,6 +27,7 @@ from typing import Any
 from _arms import field_value, parse_integers
 from _common import choose_device, write_text
 from _convert import Reading, figures, parse_reading, plot_finetune, plot_table, readings, table
+from _copying import copying, copying_line
 from _fit import fit, validate
 from _rows import append_row, provenance
 from _script import (
@@ -179,9 +180,12 @@ class Run:
         append_row(args.out, {**row, **provenance(self.device)})
         self.rows.append(row)
 
+    @property
+    def at_once(self) -> int:
+        return max(1, TOKENS_AT_ONCE[self.device.type] // self.args.n)
+
     def measure(self, model: CoGAGPT) -> dict[str, float]:
-        batch = max(1, TOKENS_AT_ONCE[self.device.type] // self.args.n)
-        return figures(validate(model, self.tokens, self.targets, self.device, batch)[0])
+        return figures(validate(model, self.tokens, self.targets, self.device, self.at_once)[0])
 
     def train(
         self, model: CoGAGPT, steps: int, lr: float, first: int, title: str, floor: float = 0.1
@@ -243,6 +247,8 @@ class Run:
                 "far_bias": self.args.far_bias,
             }
             row |= self.measure(self.as_read(model, reading))
+            if reading.name == "full":
+                row["copying"] = copying(model, self.tokens, self.targets, self.device, self.at_once)
             # `full` is read first, so that every row has its distance from it.
             dense = row if reading.name == "full" else self.done("zero_shot")["full"]
             row["above_full"] = row["nats_second_half"] - dense["nats_second_half"]
@@ -306,6 +312,8 @@ def body(argv: list[str] | None) -> None:
     write_text(args.out / "table.md", text)
     plot_table(args.out / "zero-shot.png", rows, args.window)
     print("\n" + text, flush=True)
+    if line := copying_line(run.done("zero_shot")["full"].get("copying", {})):
+        print(line, flush=True)
     if args.finetune:
         tuned = run.finetune(dense, _choose(args, rows))
         plot_finetune(args.out / "finetune.png", tuned)

@@ -476,6 +476,12 @@ def test_a_dense_model_interrupted_by_a_start_is_the_one_that_is_not(text, tmp_p
             assert row["metrics"][name] == pytest.approx(parts[key]["metrics"][name], rel=1e-12)
         first, second = (dict(one["curves"]["loss"]) for one in (row, parts[key]))
         assert first == second
+        # How well it copied when the arms took over, and at the end.
+        early, late = (parts[key]["metrics"][name] for name in ("dense_copying", "copying"))
+        assert list(early) == list(late) == ["first", "near", "far"]
+        assert late["first"] < early["first"]
+        assert row["metrics"]["dense_copying"] == {}
+        assert row["metrics"]["copying"] == pytest.approx(late)
 
 
 def test_latents_are_shrunk_after_a_wide_dense_start(text, tmp_path, monkeypatch):

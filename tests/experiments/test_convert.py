@@ -82,7 +82,9 @@ def test_full_is_the_checkpoints_own_loss(run, checkpoint, text):
     tokens, targets = contexts(load_corpus(text, length=96), 96, 2)
     targets[:, :48] = -100
     loss = float(CoGAGPT.from_pretrained(checkpoint)(tokens, targets).loss.detach())
-    assert rows_of(run, "zero_shot")["full"]["nats_second_half"] == pytest.approx(loss, rel=1e-5)
+    row = rows_of(run, "zero_shot")["full"]
+    assert row["nats_second_half"] == pytest.approx(loss, rel=1e-5)
+    assert list(row["copying"]) == ["first", "near", "far"]
 
 
 def test_finetuning_takes_the_best_inexact_reading_and_full_as_control(run):

@@ -1,0 +1,56 @@
+"""How well a model copies: what a passage costs when it is met again.
+
+    first   mean -ln p of the passage, the end of a held-out context as it is
+    near    the same, where the passage stands right before itself
+    far     the same, where the context begins with it
+
+All three predict the same tokens, so their differences are of copying alone; a model that has learned to copy
+loses far less where it can. A dense model should, before it is read through groups (docs/findings.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from _fit import validate
+from torch import Tensor
+
+from coga.models import CoGAGPT
+
+__all__ = ["copying", "copying_line", "repeated"]
+
+SPAN = 256  # tokens of the passage
+LEAD = 16  # of it before the count starts: what is copied must be recognised first
+
+
+def repeated(text_BX: Tensor, span: int) -> dict[str, Tensor]:
+    """The text, and the text with its last `span` tokens written over earlier ones."""
+    found = {"first": text_BX}
+    for name, start in (("near", text_BX.shape[1] - 2 * span), ("far", 0)):
+        found[name] = text_BX.clone()
+        found[name][:, start : start + span] = text_BX[:, -span:]
+    return found
+
+
+def copying(
+    model: CoGAGPT, tokens_BT: Tensor, targets_BT: Tensor, device: torch.device, batch: int
+) -> dict[str, float]:
+    """Nats a token of each; empty where the contexts are too short to hold three passages."""
+    text = torch.cat([tokens_BT, targets_BT[:, -1:]], 1)
+    span = min(SPAN, text.shape[1] // 4)
+    if span <= LEAD:
+        return {}
+    found = {}
+    for name, here in repeated(text, span).items():
+        loss_T, _ = validate(model, here[:, :-1], here[:, 1:], device, batch)
+        found[name] = float(loss_T[LEAD - span :].mean())
+    return found
+
+
+def copying_line(found: Mapping[str, float]) -> str:
+    """For the terminal; empty where there is nothing to say."""
+    if not found:
+        return ""
+    first, near, far = (found[name] for name in ("first", "near", "far"))
+    return f"copying {first:.3f} nats a token, read again {near:.3f} near and {far:.3f} far"

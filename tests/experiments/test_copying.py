@@ -1,0 +1,66 @@
+"""What a passage costs when it is met again."""
+
+from __future__ import annotations
+
+import _copying
+import pytest
+import torch
+from _copying import LEAD, copying, copying_line, repeated
+
+from coga import CoGAConfig
+from coga.models import CoGAGPT
+
+CPU = torch.device("cpu")
+
+
+def text(length=301, vocabulary=256):
+    g = torch.Generator().manual_seed(0)
+    return torch.randint(vocabulary, (2, length), generator=g)
+
+
+def test_the_passage_stands_where_it_is_said_to_and_the_rest_stays():
+    x = text()
+    found = repeated(x, 70)
+    assert torch.equal(found["first"], x)
+    for name, start in (("near", 161), ("far", 0)):
+        here, passage = found[name], slice(start, start + 70)
+        assert torch.equal(here[:, passage], x[:, -70:])
+        assert torch.equal(here[:, -70:], x[:, -70:])
+        same = torch.ones(301, dtype=torch.bool)
+        same[passage] = False
+        assert torch.equal(here[:, same], x[:, same])
+
+
+def test_a_reader_that_copies_loses_nothing_where_it_can(monkeypatch):
+    """It knows the next token where the last two tokens stood together before."""
+
+    def reader(model, tokens_BT, targets_BT, device, batch):
+        loss = torch.ones(tokens_BT.shape[1], dtype=torch.float64)
+        for row, target in zip(tokens_BT.tolist(), targets_BT.tolist()):
+            known: dict[tuple[int, int], int] = {}
+            for i in range(1, len(row)):
+                loss[i] -= (known.get((row[i - 1], row[i])) == target[i]) / len(tokens_BT)
+                known[row[i - 1], row[i]] = target[i]
+        return loss, []
+
+    monkeypatch.setattr(_copying, "validate", reader)
+    x = text(vocabulary=10**6)
+    found = copying(None, x[:, :-1], x[:, 1:], CPU, 2)
+    assert found == {"first": 1.0, "near": 0.0, "far": 0.0}
+    assert copying_line(found) == "copying 1.000 nats a token, read again 0.000 near and 0.000 far"
+
+
+@pytest.mark.parametrize("layers", ["full", "near 16"])
+def test_a_model_that_knows_nothing_gains_nothing(layers):
+    model = CoGAGPT(CoGAConfig.preset("tiny", n_layer=2, layers=layers))
+    x = text()
+    found = copying(model, x[:, :-1], x[:, 1:], CPU, 1)
+    assert model.training
+    assert list(found) == ["first", "near", "far"]
+    assert all(abs(value - found["first"]) < 0.1 for value in found.values())
+
+
+def test_contexts_that_cannot_hold_it_say_nothing():
+    x = text(4 * LEAD)
+    assert copying(CoGAGPT(CoGAConfig.preset("tiny")), x[:, :-1], x[:, 1:], CPU, 1) == {}
+    assert copying_line({}) == ""
