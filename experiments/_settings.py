@@ -47,6 +47,7 @@ class Settings:
 
     n, batch, steps      full-length contexts: tokens in one, contexts a step, optimizer steps
     warmup_*             the same for the short contexts that come first
+    dense_warmup         train them with `full` layers, and find groups in the text afterwards
     model                fields of `CoGAConfig` that differ from the preset
     validation           held-out contexts of length n at the end
     compare              arms, each trained like this run with its own layers or grouping
@@ -69,6 +70,7 @@ class Settings:
     compile: bool
     model: dict[str, Any]
     compare: list[str]
+    dense_warmup: bool = False  # configurations that are older do not name it
 
     @property
     def total(self) -> int:
@@ -127,6 +129,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     add("--warmup-steps", type=int, help="optimizer steps on short contexts, before")
     add("--warmup-len", type=int, help="their length")
     add("--warmup-batch", type=int, help="contexts a step there")
+    add("--dense-warmup", action="store_true", help="with dense layers there, and groups from then on")
     add("--validation", type=int, help="held-out contexts of length n (1)")
     add("--sample", type=int, help="tokens to generate at the end (256)")
     add("--layers", help='pattern, for example "near 16 32"')
@@ -188,6 +191,11 @@ def check(settings: Settings) -> Settings:
         raise ValueError(f"lr={settings.lr}: must be a finite number above 0")
     if settings.warmup_len > settings.n:
         raise ValueError(f"warmup_len={settings.warmup_len}: must be at most n={settings.n}")
+    if settings.dense_warmup and not (settings.warmup_steps and settings.steps):
+        raise ValueError(
+            f"dense_warmup=True: needs warmup_steps and steps of at least 1, not {settings.warmup_steps} "
+            f"and {settings.steps}"
+        )
     for name in settings.compare:
         if name not in ARMS:
             raise ValueError(f"compare={name!r}: must be one of {', '.join(ARMS)}")
@@ -213,8 +221,10 @@ def model_config(settings: Settings, vocab_size: int = 0) -> CoGAConfig:
 
 def stored(values: Any, given: dict[str, Any]) -> Settings:
     """Settings of a run to go on with; ValueError where what was asked for differs."""
-    names = {field.name for field in dataclasses.fields(Settings)}
-    if not isinstance(values, dict) or set(values) != names:
+    fields = dataclasses.fields(Settings)
+    later = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+    values = {**later, **values} if isinstance(values, dict) else values
+    if not isinstance(values, dict) or set(values) != {field.name for field in fields}:
         raise ValueError("config.json: holds no settings of a longctx run")
     for name, value in given.items():
         same = all(values[name].get(k) == v for k, v in value.items()) if name == "model" else None

@@ -11,6 +11,7 @@ again, to the bit on a CPU. A checkpoint is written beside the old one, then tak
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -22,7 +23,9 @@ from typing import Any
 
 import torch
 from _common import precision, write_text
+from _dense_start import dense_twin
 from _evaluate import Probe, probe, probe_tokens
+from _script import prototype_text, read_as
 from _settings import Settings, model_config
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -59,24 +62,39 @@ class Trainer:
         self.settings, self.corpus, self.device, self.folder = settings, corpus, device, folder
         self.save_every = save_every
         self.config: CoGAConfig = model_config(settings, corpus.vocab_size)
+        self.dense_config = dense_twin(self.config) if settings.dense_warmup else self.config
         self.step = 0
         self.seconds, self.tokens = 0.0, 0  # of steps at full length, without the first
         self.previous: dict[str, torch.Tensor] = {}
         self.last_metrics: dict[str, float] = {}
         model = self._load() if self._recover() else None
         self._resumed = model is not None
-        self.model = (CoGAGPT(self.config) if model is None else model).to(device).train()
-        self.model.set_activation_checkpointing(settings.activation_checkpointing)
-        if settings.compile:
+        self._take(CoGAGPT(self.dense_config) if model is None else model)
+        if self._resumed:
+            self._load_training_state()
+        self.probe_tokens = probe_tokens(corpus, settings.n).to(device)
+
+    def _take(self, model: CoGAGPT) -> None:
+        """This is the model to train from now on, with an optimizer of its own."""
+        self.model = model.to(self.device).train()
+        self.model.set_activation_checkpointing(self.settings.activation_checkpointing)
+        if self.settings.compile:
             self.model.compile_blocks()
         # Matrices are decayed, gains and biases are not.
         matrices = [p for p in self.model.parameters() if p.ndim >= 2]
         others = [p for p in self.model.parameters() if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98))
-        if self._resumed:
-            self._load_training_state()
-        self.probe_tokens = probe_tokens(corpus, settings.n).to(device)
+        self.optimizer = torch.optim.AdamW(groups, lr=self.settings.lr, betas=(0.9, 0.98))
+
+    def _open_groups(self) -> None:
+        """From the dense model to the run's own: the same weights and moments, groups found in the text."""
+        named = self.model.named_parameters()
+        moments = {name: self.optimizer.state[p] for name, p in named if p in self.optimizer.state}
+        text = prototype_text(self.corpus, self.settings.n, self.settings.seed)
+        self._take(read_as(self.model, far_bias=0.0, text_BT=text, **dataclasses.asdict(self.config)))
+        for name, p in self.model.named_parameters():
+            if name in moments and moments[name]["exp_avg"].shape == p.shape:
+                self.optimizer.state[p] = moments[name]
 
     # --- the loop ------------------------------------------------------------------------------------------
 
@@ -121,6 +139,9 @@ class Trainer:
 
     def _one_step(self, bar: tqdm) -> dict[str, Any]:
         step, began = self.step, time.monotonic()
+        if step == self.settings.warmup_steps and self.model.config != self.config:
+            bar.set_description("finding groups")
+            self._open_groups()
         length, batch = self.settings.shape(step)
         rate = self.settings.learning_rate(step)
         for group in self.optimizer.param_groups:
@@ -225,7 +246,7 @@ class Trainer:
 
     def _load(self) -> CoGAGPT:
         model = CoGAGPT.from_pretrained(self.checkpoint)
-        if model.config != self.config:
+        if model.config not in (self.config, self.dense_config):
             raise ValueError(f"{self.checkpoint}: its config.json does not fit the run's settings")
         return model
 

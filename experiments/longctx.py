@@ -6,6 +6,7 @@
 
 The default text is the source of the running interpreter's standard library, as bytes; the default model is
 tiny, so that two CPU cores do it in minutes: a warm-up on short contexts, then a few steps at full length.
+With --dense-warmup the warm-up is of a dense model, whose groups are then found in the text.
 The run folder gets config.json, metrics.jsonl, checkpoint/, report.json, loss.png, positions.png, groups.png
 and sample.txt; with --compare one such folder an arm, and report.json and compare.png of them all.
 
@@ -105,8 +106,9 @@ def _show(settings: Settings, content: dict[str, Any], corpus: Corpus, folder: P
         f"        grouping={content['model']['grouping']} vocab_size={content['model']['vocab_size']}"
         f" changed={json.dumps(settings.model)}"
     )
+    dense = "dense " if settings.dense_warmup else ""
     print(
-        f"run     warm-up: {settings.warmup_steps} steps of {settings.warmup_batch} x "
+        f"run     {dense}warm-up: {settings.warmup_steps} steps of {settings.warmup_batch} x "
         f"{settings.warmup_len:,}; then {settings.steps} steps of {settings.batch} x {settings.n:,}; "
         f"AdamW lr {settings.lr:g}, seed {settings.seed}"
     )
@@ -181,7 +183,7 @@ def _same_run(folder: Path, settings: Settings, corpus: Corpus) -> None:
     content = read_json(folder / "config.json")
     try:
         theirs = content["corpus"]["sha256"]
-        settled = content["settings"] == dataclasses.asdict(settings)
+        settled = stored(content["settings"], {}) == settings
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'}: holds no settings of a longctx run") from error
     if not settled:

@@ -40,6 +40,13 @@ def unbroken(text, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def from_dense(text, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "from-dense"
+    assert longctx.main([*TINY, "--dense-warmup", "--data", text, "--out", str(folder)]) == 0
+    return folder
+
+
 def metrics(folder: Path) -> str:
     return (folder / "metrics.jsonl").read_text()
 
@@ -126,12 +133,69 @@ def test_the_output_names_what_decides_the_figures(text, tmp_path, capsys):
     assert out.index("device") < out.index("bits per byte")
 
 
+# --- a dense warm-up ---------------------------------------------------------------------------------------
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in metrics(folder).splitlines()]
+
+
+def test_groups_go_on_from_the_dense_model(from_dense, unbroken, text, tmp_path):
+    """The warm-up is that of a run with `full` layers; then the layers are the run's own."""
+    dense = tmp_path / "dense"
+    assert longctx.main([*TINY, "--layers", "full", "--data", text, "--out", str(dense)]) == 0
+    assert losses(from_dense)[:3] == losses(dense)[:3] != losses(unbroken)[:3]
+    assert losses(from_dense)[3] != losses(dense)[3]
+    model = CoGAGPT.from_pretrained(from_dense / "checkpoint")
+    assert model.config == CoGAGPT.from_pretrained(unbroken / "checkpoint").config
+    assert int(model.step_count) == 3  # schedules of the groups begin with them
+
+
+def test_weights_and_moments_are_taken_over_and_groups_found(text, tmp_path, monkeypatch):
+    seen = []
+    open_groups = _train.Trainer._open_groups
+
+    def watched(self):
+        before = {
+            name: (p.detach().clone(), self.optimizer.state[p]) for name, p in self.model.named_parameters()
+        }
+        open_groups(self)
+        seen.append(self.step)
+        random = CoGAGPT(self.config).state_dict()
+        for name, p in self.model.named_parameters():
+            if name in before:
+                assert torch.equal(p, before[name][0]), name
+                assert self.optimizer.state[p] is before[name][1], name
+            else:
+                assert p not in self.optimizer.state
+            if name.endswith("prototypes_GC"):
+                assert not torch.equal(p, random[name]), name
+
+    monkeypatch.setattr(_train.Trainer, "_open_groups", watched)
+    more = ["--dense-warmup", "--compare", "mha,near,gumbel", "--data", text, "--out", str(tmp_path / "run")]
+    assert longctx.main([*TINY, *more]) == 0
+    assert seen == [3, 3]  # `mha` layers have no dense twin but themselves
+
+
+def test_a_run_from_before_the_option_goes_on(unbroken, tmp_path):
+    folder = copied(unbroken, tmp_path)
+    content = json.loads((folder / "config.json").read_text())
+    del content["settings"]["dense_warmup"]
+    (folder / "config.json").write_text(json.dumps(content))
+    assert longctx.main(["--resume", "--out", str(folder)]) == 0
+    assert figures(folder) == figures(unbroken)
+
+
 # --- killed and resumed ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at", [1, 3, 5])
-def test_killed_between_metrics_and_checkpoint(at, unbroken, text, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("run", "at"), [("unbroken", 1), ("unbroken", 3), ("unbroken", 5), ("from_dense", 3), ("from_dense", 4)]
+)
+def test_killed_between_metrics_and_checkpoint(run, at, text, tmp_path, monkeypatch, request):
     """A kill leaves a line of metrics more than the checkpoint has, and half of another."""
+    whole = request.getfixturevalue(run)
+    more = ["--dense-warmup"] if run == "from_dense" else []
 
     class Killed(Exception):
         pass
@@ -149,13 +213,13 @@ def test_killed_between_metrics_and_checkpoint(at, unbroken, text, tmp_path, mon
     folder = tmp_path / "run"
     monkeypatch.setattr(_train.Trainer, "save", save_or_die)
     with pytest.raises(Killed):
-        longctx.main([*TINY, "--data", text, "--out", str(folder)])
+        longctx.main([*TINY, *more, "--data", text, "--out", str(folder)])
     monkeypatch.setattr(_train.Trainer, "save", save)
     assert longctx.main(["--resume", "--out", str(folder), "--save-every", "0"]) == 0
-    assert metrics(folder) == metrics(unbroken)
-    assert weights(folder) == weights(unbroken)
-    assert figures(folder) == figures(unbroken)
-    assert (folder / "sample.txt").read_text() == (unbroken / "sample.txt").read_text()
+    assert metrics(folder) == metrics(whole)
+    assert weights(folder) == weights(whole)
+    assert figures(folder) == figures(whole)
+    assert (folder / "sample.txt").read_text() == (whole / "sample.txt").read_text()
 
 
 def test_killed_between_the_two_renames(unbroken, text, tmp_path, monkeypatch):
@@ -287,6 +351,7 @@ BAD = {
     "steps": (["--steps", "-1"], "steps=-1"),
     "batch": (["--batch", "0"], "batch=0"),
     "lr": (["--lr", "nan"], "lr=nan"),
+    "dense-alone": (["--dense-warmup", "--warmup-steps", "0"], "dense_warmup=True: needs warmup_steps"),
     "warmup-len": (["--warmup-len", "101"], "warmup_len=101"),
     "missing": (["--data", "/nowhere/text"], "existing file or folder"),
     "short": (["--n", "5000"], "must hold at least"),
