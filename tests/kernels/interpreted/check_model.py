@@ -29,7 +29,7 @@ def test_no_leak_and_every_parameter_learns(selection, grouping, changes):
     row = real_bytes(1, longest)
     with torch.no_grad():
         a = model(row, noise_step=3).logits
-    for cut in (2 * window + 1, longest - 1):
+    for cut in (window + 1, 2 * window + 1, longest - 1):  # the first of a group that is read, and beyond
         other = row.clone()
         other[:, cut:] = (other[:, cut:] + 1) % 256
         with torch.no_grad():
