@@ -1,11 +1,11 @@
 """How well a model copies: what a passage costs when it is met again.
 
     first   mean -ln p of the passage, the end of a held-out context as it is
-    near    the same, where the passage stands right before itself
+    near    the same, where the passage stands right before itself: 256 tokens back, inside a window
     far     the same, where the context begins with it
 
-All three predict the same tokens, so their differences are of copying alone; a model that has learned to copy
-loses far less where it can. A dense model should, before it is read through groups (docs/findings.md).
+All three predict the same tokens. What stood where the passage is written is lost to them, and any model that
+counts gains a little by a repetition; one that copies loses a small part of what it lost at first.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def repeated(text_BX: Tensor, span: int) -> dict[str, Tensor]:
 def copying(
     model: CoGAGPT, tokens_BT: Tensor, targets_BT: Tensor, device: torch.device, batch: int
 ) -> dict[str, float]:
-    """Nats a token of each; empty where the contexts are too short to hold three passages."""
+    """Nats a token of each; empty where a quarter of a context, the longest passage, is `LEAD` or less."""
     text = torch.cat([tokens_BT, targets_BT[:, -1:]], 1)
     span = min(SPAN, text.shape[1] // 4)
     if span <= LEAD:
@@ -48,9 +48,9 @@ def copying(
     return found
 
 
-def copying_line(found: Mapping[str, float]) -> str:
-    """For the terminal; empty where there is nothing to say."""
-    if not found:
+def copying_line(found: Mapping[str, float | None]) -> str:
+    """For the terminal; empty where there is nothing to say (None: not finite)."""
+    if not found or None in found.values():
         return ""
     first, near, far = (found[name] for name in ("first", "near", "far"))
     return f"copying {first:.3f} nats a token, read again {near:.3f} near and {far:.3f} far"

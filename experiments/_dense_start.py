@@ -28,7 +28,7 @@ from coga.models import CoGAGPT
 __all__ = ["dense_twin", "kept", "load_start", "save_start", "start_folder"]
 
 MOMENTS, SUMMARY = "moments.safetensors", "summary.json"
-SUMMARISED = ("steps", "losses", "grad_norms", "seconds", "tokens", "peak_bytes", "diverged", "copying")
+SUMMARISED = ("steps", "losses", "grad_norms", "seconds", "tokens", "peak_bytes", "diverged")
 
 
 def dense_twin(config: CoGAConfig) -> CoGAConfig:

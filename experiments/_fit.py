@@ -65,7 +65,6 @@ class Fitted:
     probes      (step, group ids (N, W) and G by layer) of the probe's tokens
     seconds     of training, probes left out, compilation included; tokens_per_second: without the first steps
     moments     of AdamW at the end, on the CPU, where they were asked for
-    copying     of `_copying.copying` at the end of a dense start
     """
 
     steps: int = 0
@@ -78,7 +77,6 @@ class Fitted:
     peak_bytes: int = 0
     grad_norms: list[float] = field(default_factory=list)
     moments: Moments = field(default_factory=dict)
-    copying: dict[str, float] = field(default_factory=dict)
 
     def follows(self, before: Fitted) -> None:
         """Take over the curves of the part of the run that came before, and judge the whole."""

@@ -12,7 +12,7 @@ import hashlib
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -170,11 +170,17 @@ def show(script: str, settings: dict[str, Any], device: torch.device, out: Path)
 
 
 def open_folder(
-    folder: Path, script: str, settings: dict[str, Any], resume: bool, outputs: Iterable[str] = ()
+    folder: Path,
+    script: str,
+    settings: dict[str, Any],
+    resume: bool,
+    outputs: Iterable[str] = (),
+    later: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Claim the folder; the rows it already holds. ValueError, with nothing written, where it is not free.
 
     outputs  further names the script writes there; on a first run none of them may exist
+    later    settings that older runs do not name, and what they were there
     """
     content = clean({"script": script, "settings": settings})
     config = folder / "config.json"
@@ -185,6 +191,8 @@ def open_folder(
         if not isinstance(found, dict) or found.get("script") != script:
             raise ValueError(f"out={str(folder)!r}: its config.json is not one of {script}")
         theirs = found.get("settings")
+        if isinstance(theirs, dict):
+            theirs = {**(later or {}), **theirs}
         differ = [k for k, v in content["settings"].items() if (theirs or {}).get(k) != v]
         if differ or not isinstance(theirs, dict) or set(theirs) != set(content["settings"]):
             name = differ[0] if differ else "settings"

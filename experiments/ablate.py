@@ -105,13 +105,20 @@ def _start_folder(arm: Arm, seed: int, setting: Setting, device: torch.device, s
     )
 
 
+def _copying(model: CoGAGPT, setting: Setting, corpus: Corpus, device: torch.device) -> dict[str, float]:
+    """On contexts as long as the dense start's: what it is there and what it is at the end compare."""
+    many = setting.batch * setting.n // setting.dense_n
+    held_out = contexts(corpus, setting.dense_n, min(setting.validation, COPIED))
+    return copying(model.to(device), *held_out, device, many)
+
+
 def _start(
     arm: Arm, seed: int, setting: Setting, corpus: Corpus, device: torch.device, starts: Path
-) -> tuple[CoGAGPT, Moments | None, Fitted]:
-    """The arm's model, the moments of its optimizer, and its dense start (empty: from scratch)."""
+) -> tuple[CoGAGPT, Moments | None, Fitted, dict[str, float]]:
+    """The arm's model, its optimizer's moments, its dense start, how that copies (empty: from scratch)."""
     config, how = arm.config(setting.preset, setting.model, seed), start_of(arm, setting)
     if how is None:
-        return arm.build(setting.preset, setting.model, seed), None, Fitted()
+        return arm.build(setting.preset, setting.model, seed), None, Fitted(), {}
     folder = _start_folder(arm, seed, setting, device, starts)
     twin = _twin(arm, seed, setting)
     if not kept(folder):
@@ -121,14 +128,12 @@ def _start(
         drawn = partial(batches, corpus, setting.dense_n, many, seed)
         title = f"dense start of {arm.text} seed {seed}"
         rest = dict(last=setting.dense_steps, keep_moments=True, title=title)
-        fitted = fit(model, drawn, setting.steps, **rest, **_options(arm, setting, device))
-        held_out = contexts(corpus, setting.dense_n, min(setting.validation, COPIED))
-        fitted.copying = copying(model, *held_out, device, many)
-        save_start(folder, model, fitted)
+        save_start(folder, model, fit(model, drawn, setting.steps, **rest, **_options(arm, setting, device)))
     model, moments, dense = load_start(folder)
     model = model.to(device)  # where prototypes are found, too
+    copied = _copying(model, setting, corpus, device)
     if model.config == config:
-        return model, moments, dense
+        return model, moments, dense, copied
     text = prototype_text(corpus, setting.n, seed)
     if model.config.latent_dim != config.latent_dim:
         model = shrink_latents(model, config.latent_dim, text.to(device))
@@ -137,7 +142,7 @@ def _start(
         moments = {name: x for name, x in moments.items() if x["exp_avg"].shape == shapes[name]}
     found_in = text if how["prototypes"] == "data" else None
     model = read_as(model, far_bias=how["far_bias"], text_BT=found_in, **dataclasses.asdict(config))
-    return model, moments, dense
+    return model, moments, dense, copied
 
 
 def _run(
@@ -151,7 +156,7 @@ def _run(
 ) -> dict[str, Any]:
     """Train and measure one arm with one seed: its row. The model goes to a folder in `models`."""
     config = arm.config(setting.preset, setting.model, seed)
-    model, moments, dense = _start(arm, seed, setting, corpus, device, starts)
+    model, moments, dense, dense_copying = _start(arm, seed, setting, corpus, device, starts)
     began = time.monotonic()
     model = model.to(device)
     probe_T = probe_tokens(corpus, setting.n).to(device)
@@ -185,8 +190,8 @@ def _run(
         **fitted.flips,
         "dense_tokens": dense.tokens,
         "dense_seconds": dense.seconds,
-        "dense_copying": dense.copying,
-        "copying": copying(model, tokens_BT[:COPIED], targets_BT[:COPIED], device, setting.batch),
+        "dense_copying": dense_copying,
+        "copying": _copying(model, setting, corpus, device),
         "seconds": fitted.seconds,
         "tokens_per_second": speed,
         "forward_flops_per_token": parts,

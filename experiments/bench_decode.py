@@ -4,9 +4,10 @@
 
 bf16, a step captured as a CUDA graph (`coga.models.graph`), with and without Inductor's fusion (`compiled`).
 The context is random tokens: a step reads all that is stored whatever it says. Median over the steps in
-milliseconds, and the mean, which holds the steps that close a window too. Before anything is timed, captured
-steps are compared with `model.step`: where they differ by more than bf16 noise, no speed is printed. Rows go
-to DIR/decode_speed.json.
+milliseconds, half of them before the length and half after; and the mean, which holds the step that closes a
+window where the length is a multiple of one. Before anything is timed, steps around the end of a window are
+compared with `model.step`: where they differ by more than bf16 noise, no speed is printed. Rows go to
+DIR/decode_speed.json. Exit codes: 0 done, 1 a check is red or nothing ran, 2 bad input.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from _arms import parse_integers
+from _common import make_folder, write_text
 from _script import at_least, run_script
 from bench_attention import attempt, row
 from tqdm import tqdm
@@ -76,18 +79,27 @@ def time_steps(decoder: GraphedDecoder, token_B: torch.Tensor, steps: int) -> li
     return taken
 
 
+def names(args: argparse.Namespace, field: str, known: Collection[str]) -> list[str]:
+    """Names separated by commas. ValueError: an unknown one, or one twice."""
+    found = [name.strip() for name in getattr(args, field).split(",")]
+    for name in found:
+        if name not in known:
+            raise ValueError(f"{field}={name!r}: must be one of {', '.join(known)}")
+        if found.count(name) > 1:
+            raise ValueError(f"{field}={getattr(args, field)!r}: names {name} twice")
+    return found
+
+
 def check(args: argparse.Namespace) -> list[int]:
     at_least(args, 1, "steps", "layers")
     at_least(args, 0, "seed")
     lengths = parse_integers(args.lengths, "lengths", 1)
-    for name in args.arms.split(","):
-        if name not in ARMS:
-            raise ValueError(f"arms={name!r}: must be one of {', '.join(ARMS)}")
-    for mode in args.modes.split(","):
-        if mode not in MODES:
-            raise ValueError(f"modes={mode!r}: must be one of {', '.join(MODES)}")
+    if min(lengths) <= args.steps // 2:
+        raise ValueError(f"lengths={min(lengths)}: must be above half of steps={args.steps}")
+    args.arms, args.modes = (names(args, field, known) for field, known in (("arms", ARMS), ("modes", MODES)))
     if not torch.cuda.is_available():
         raise ValueError("device: needs a CUDA GPU")
+    make_folder(args.out)
     return lengths
 
 
@@ -98,37 +110,37 @@ def body(argv: list[str] | None) -> None:
     base = base.replace(max_len=max(base.max_len, max(lengths) + args.steps + 16))
     print(vars(args) | {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}, flush=True)
     generator = torch.Generator().manual_seed(args.seed)
-    known = 3 * base.window + 17  # of the check: past the first windows that are read through groups
+    known = 3 * base.window + 4  # of the check: its last steps close a window, when others are read as groups
     tokens = torch.randint(base.vocab_size, (1, max(known, *lengths)), generator=generator).cuda()
     rows: list[dict] = []
-    todo = [(name, mode) for name in args.arms.split(",") for mode in args.modes.split(",")]
+    red: list[str] = []
+    todo = [(name, mode) for name in args.arms for mode in args.modes]
     for name, mode in tqdm(todo, desc="decoding", unit="arm", leave=False):
         label, compiled = f"{name} {mode}", mode == "compiled"
         with attempt(label), torch.no_grad():
             model = CoGAGPT(base.replace(**ARMS[name])).cuda().to(torch.bfloat16).eval()
             gap = error(model, tokens[:, :known], compiled)
             if gap > TOLERANCE:
+                red.append(label)
                 raise RuntimeError(f"captured logits are {gap:.3f} from the plain ones, no speed is reported")
             for length in lengths:
-                state = filled(model, tokens[:, :length], args.steps + 8)
+                state = filled(model, tokens[:, : length - args.steps // 2], args.steps)
                 decoder = GraphedDecoder(model, state, compiled=compiled)
-                time_steps(decoder, tokens[:, 0], 4)
                 taken = sorted(time_steps(decoder, tokens[:, 0], args.steps))
                 ms, mean = taken[len(taken) // 2], sum(taken) / len(taken)
                 stored = sum(x.nbytes for layer in state.layers for x in layer.tensors.values()) / 2**20
                 made = row(name, ARMS[name]["layers"], length, 1, "decode", ms, stored, mean)
                 made["state_mib"], made["mean_ms"] = made.pop("peak_mib"), made.pop("launched_ms")
                 rows.append(made | {"mode": mode, "layers": args.layers, "error": round(gap, 5)})
-                args.out.mkdir(parents=True, exist_ok=True)
-                (args.out / "decode_speed.json").write_text(json.dumps(rows, indent=1) + "\n")
+                write_text(args.out / "decode_speed.json", json.dumps(rows, indent=1) + "\n")
                 tqdm.write(
                     f"{label:16s}{length:8d}{ms:9.3f} ms (mean {mean:.3f}){stored:9.0f} MiB  check {gap:.4f}"
                 )
                 del state, decoder
             del model
             torch.compiler.reset()
-    if not rows:
-        raise FloatingPointError("nothing could be timed")
+    if red or not rows:
+        raise FloatingPointError(f"the check is red: {', '.join(red)}" if red else "nothing could be timed")
     best: dict[tuple[str, int], float] = {}
     for one in rows:
         key = one["implementation"], one["length"]

@@ -106,6 +106,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return made.parse_args(argv)
 
 
+LATER = {"finetune_final_lr": 0.1}  # before there was the option
 # What a dense model has no use for, and what no reading or option of its own (--far-bias) sets.
 READ = sorted({*GROUPS_ONLY} - {"grouping", "open_groups", "capacity_factor", "far_warmup", "far_bias_init"})
 
@@ -302,7 +303,9 @@ def body(argv: list[str] | None) -> None:
     groups = dataclasses.asdict(wanted[-1].config(config, args.window, args.capacity, args.read))
     print(f"groups  {' '.join(f'{name}={groups[name]}' for name in READ)}", flush=True)
     outputs = ("table.md", "zero-shot.png", "finetune.png", "full")
-    run = Run(args, corpus, device, open_folder(args.out, "convert.py", settings, args.resume, outputs))
+    run = Run(
+        args, corpus, device, open_folder(args.out, "convert.py", settings, args.resume, outputs, LATER)
+    )
     dense = (run.full(config) if model is None else model.to(device)).eval()
     rows = run.zero_shot(dense, wanted)
     text = (

@@ -16,10 +16,11 @@ import ablate
 import numpy as np
 import pytest
 import torch
+from _copying import copying
 from torch.utils.flop_counter import FlopCounterMode
 
 from coga import CoGAConfig
-from coga.data import batches, load_corpus
+from coga.data import batches, contexts, load_corpus
 from coga.models import CoGAGPT
 
 ROOT = Path(__file__).parents[2]
@@ -440,6 +441,9 @@ def test_models_are_kept_where_asked_for(done, text, tmp_path):
     assert ablate.main([*TINY, *arguments, "--out", str(tmp_path / "out")]) == 0
     (folder,) = (tmp_path / "out" / "models").iterdir()
     model = CoGAGPT.from_pretrained(folder)
+    held_out = contexts(load_corpus(text, length=100), 100, 2)
+    (row,) = rows_of(tmp_path / "out").values()
+    assert row["metrics"]["copying"] == pytest.approx(copying(model, *held_out, CPU, 2), rel=1e-5)
     assert folder.name == "gumbel_beta=4-1" and model.config.beta == 4 and int(model.step_count) == 8
 
 

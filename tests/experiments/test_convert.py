@@ -11,6 +11,7 @@ import convert
 import pytest
 import torch
 from _convert import Reading, figures, parse_reading, readings, table
+from _copying import copying
 
 from coga import CoGAConfig
 from coga.data import contexts, load_corpus
@@ -84,7 +85,38 @@ def test_full_is_the_checkpoints_own_loss(run, checkpoint, text):
     loss = float(CoGAGPT.from_pretrained(checkpoint)(tokens, targets).loss.detach())
     row = rows_of(run, "zero_shot")["full"]
     assert row["nats_second_half"] == pytest.approx(loss, rel=1e-5)
-    assert list(row["copying"]) == ["first", "near", "far"]
+    held_out = contexts(load_corpus(text, length=96), 96, 2)
+    model = CoGAGPT.from_pretrained(checkpoint)
+    assert row["copying"] == pytest.approx(copying(model, *held_out, torch.device("cpu"), 1), rel=1e-5)
+
+
+def test_the_rates_of_fine_tuning_reach_the_run(checkpoint, text, tmp_path, monkeypatch, capsys):
+    fit, seen = convert.fit, []
+
+    def watched(model, *arguments, **options):
+        seen.append((options["lr"], options["floor"]))
+        return fit(model, *arguments, **options)
+
+    monkeypatch.setattr(convert, "fit", watched)
+    arguments = [*TINY, "--checkpoint", str(checkpoint), "--data", text, "--out", str(tmp_path / "run")]
+    more = ["--finetune", "2", "--finetune-lr", "0.005", "--finetune-final-lr", "0"]
+    assert convert.main([*arguments, *more]) == 0
+    assert seen == [(0.005, 0.0)] * 2
+    assert all(row["final_lr"] == 0 for row in rows_of(tmp_path / "run", "finetune").values())
+    assert "read again" in capsys.readouterr().out
+
+
+def test_a_folder_from_before_the_last_rate_goes_on(run, checkpoint, text, tmp_path, refused):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    content = json.loads((folder / "config.json").read_text())
+    assert content["settings"].pop("finetune_final_lr") == 0.1
+    (folder / "config.json").write_text(json.dumps(content))
+    arguments = [*TINY, "--checkpoint", str(checkpoint), "--data", text, "--out", str(folder), "--resume"]
+    before = (folder / "rows.jsonl").read_text()
+    assert convert.main([*arguments, "--finetune", "3"]) == 0
+    assert (folder / "rows.jsonl").read_text() == before
+    assert "finetune_final_lr=0.0" in refused([*arguments, "--finetune", "3", "--finetune-final-lr", "0"])
 
 
 def test_finetuning_takes_the_best_inexact_reading_and_full_as_control(run):

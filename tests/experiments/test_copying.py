@@ -50,6 +50,14 @@ def test_a_reader_that_copies_loses_nothing_where_it_can(monkeypatch):
     assert copying_line(found) == "copying 1.000 nats a token, read again 0.000 near and 0.000 far"
 
 
+def test_what_is_counted_is_the_passage_without_its_lead(monkeypatch):
+    positions = torch.arange(300, dtype=torch.float64)
+    monkeypatch.setattr(_copying, "validate", lambda *arguments: (positions, []))
+    x = text()
+    counted = float(positions[300 - 301 // 4 + LEAD :].mean())
+    assert copying(None, x[:, :-1], x[:, 1:], CPU, 2) == dict.fromkeys(("first", "near", "far"), counted)
+
+
 @pytest.mark.parametrize("layers", ["full", "near 16"])
 def test_a_model_that_knows_nothing_gains_nothing(layers):
     model = CoGAGPT(CoGAConfig.preset("tiny", n_layer=2, layers=layers))
@@ -63,4 +71,4 @@ def test_a_model_that_knows_nothing_gains_nothing(layers):
 def test_contexts_that_cannot_hold_it_say_nothing():
     x = text(4 * LEAD)
     assert copying(CoGAGPT(CoGAConfig.preset("tiny")), x[:, :-1], x[:, 1:], CPU, 1) == {}
-    assert copying_line({}) == ""
+    assert copying_line({}) == copying_line({"first": None, "near": None, "far": None}) == ""
