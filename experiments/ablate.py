@@ -140,7 +140,9 @@ def _start(
         shapes = {name: p.shape for name, p in model.named_parameters()}
         # What has shrunk has another basis, too: its moments start anew.
         moments = {name: x for name, x in moments.items() if x["exp_avg"].shape == shapes[name]}
-    found_in = text if how["prototypes"] == "data" else None
+    # A dense part that has diverged has no content to find groups in; the run goes on to say so.
+    sound = all(map(math.isfinite, copied.values()))
+    found_in = text if how["prototypes"] == "data" and sound else None
     model = read_as(model, far_bias=how["far_bias"], text_BT=found_in, **dataclasses.asdict(config))
     return model, moments, dense, copied
 

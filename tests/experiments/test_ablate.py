@@ -596,8 +596,8 @@ def test_a_run_that_diverged_in_its_dense_part_has_diverged(text, tmp_path):
     healthy = _fit.Fitted(8, losses=[(3, 0.9)], grad_norms=[1.0])
     healthy.follows(_fit.Fitted(8, losses=[(1, 1.0)], diverged=True))
     assert healthy.diverged
-    rows = started(text, tmp_path / "run", "near", "--dense-steps", "4", "--lr", "1e30")
-    assert rows["near", 0]["metrics"]["diverged"]
+    rows = started(text, tmp_path / "run", "near,gumbel", "--dense-steps", "4", "--lr", "1e30")
+    assert rows["near", 0]["metrics"]["diverged"] and rows["gumbel", 0]["metrics"]["diverged"]
 
 
 def test_rows_that_started_otherwise_are_refused(text, tmp_path, refused):
