@@ -351,6 +351,7 @@ BAD = {
     "steps": (["--steps", "-1"], "steps=-1"),
     "batch": (["--batch", "0"], "batch=0"),
     "lr": (["--lr", "nan"], "lr=nan"),
+    "dense-mha": (["--dense-warmup", "--layers", "mha 8"], "dense_warmup=True: layers='mha 8' must not mix"),
     "dense-alone": (["--dense-warmup", "--warmup-steps", "0"], "dense_warmup=True: needs warmup_steps"),
     "warmup-len": (["--warmup-len", "101"], "warmup_len=101"),
     "missing": (["--data", "/nowhere/text"], "existing file or folder"),
