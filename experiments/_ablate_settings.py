@@ -14,6 +14,7 @@ from _arms import Arm, field_value, parse_arms, parse_integers
 from _common import StrictParser, environment, holds_run
 from _dense_start import dense_twin
 from _rows import clean, read_rows
+from _script import share_of_peak
 from _settings import TRAINING
 
 from coga import CoGAConfig
@@ -116,8 +117,7 @@ def checked(args: argparse.Namespace) -> tuple[list[Arm], list[int]]:
         raise ValueError(f"lr={args.lr}: must be a finite number above 0")
     if args.time_limit is not None and not args.time_limit >= 0:
         raise ValueError(f"time_limit={args.time_limit}: must be a number of seconds, at least 0")
-    if not 0 <= args.final_lr <= 1:
-        raise ValueError(f"final_lr={args.final_lr}: must be a share of the peak, between 0 and 1")
+    share_of_peak(args, "final_lr")
     _check_dense(args)
     CoGAConfig.preset(args.preset, **dict(args.set))
     for arm in arms:

@@ -49,6 +49,7 @@ __all__ = [
     "prototype_text",
     "read_as",
     "run_script",
+    "share_of_peak",
     "show",
 ]
 
@@ -103,6 +104,13 @@ def positive(args: argparse.Namespace, *names: str) -> None:
         value = getattr(args, name)
         if not 0 < value < float("inf"):
             raise ValueError(f"{name}={value}: must be a finite number above 0")
+
+
+def share_of_peak(args: argparse.Namespace, name: str) -> None:
+    """ValueError on a last learning rate, over its peak, that is not between 0 and 1."""
+    value = getattr(args, name)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}={value}: must be a share of the peak, between 0 and 1")
 
 
 # --- checkpoints -------------------------------------------------------------------------------------------

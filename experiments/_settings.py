@@ -203,9 +203,8 @@ def check(settings: Settings) -> Settings:
         raise ValueError(f"compare={','.join(settings.compare)!r}: names an arm twice")
     for arm in [settings.arm(name) for name in settings.compare] or [settings]:
         config = model_config(arm)
-        if settings.dense_warmup and {"mha", "group"} <= {
-            config.layer(i).kind for i in range(config.n_layer)
-        }:
+        kinds = {config.layer(i).kind for i in range(config.n_layer)}
+        if settings.dense_warmup and kinds >= {"mha", "group"}:
             raise ValueError(f"dense_warmup=True: layers={config.layers!r} must not mix mha with groups")
         if settings.n > config.max_len:
             raise ValueError(f"n={settings.n}: must be between 1 and max_len={config.max_len}")

@@ -93,7 +93,7 @@ class Trainer:
         text = prototype_text(self.corpus, self.settings.n, self.settings.seed)
         self._take(read_as(self.model, far_bias=0.0, text_BT=text, **dataclasses.asdict(self.config)))
         for name, p in self.model.named_parameters():
-            if name in moments and moments[name]["exp_avg"].shape == p.shape:
+            if name in moments:
                 self.optimizer.state[p] = moments[name]
 
     # --- the loop ------------------------------------------------------------------------------------------

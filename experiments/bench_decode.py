@@ -107,7 +107,7 @@ def body(argv: list[str] | None) -> None:
     args = arguments(argv)
     lengths = check(args)
     base = CoGAConfig.preset("gpt2", n_layer=args.layers, seed=args.seed)
-    base = base.replace(max_len=max(base.max_len, max(lengths) + args.steps + 16))
+    base = base.replace(max_len=max(base.max_len, max(lengths) + args.steps))
     print(vars(args) | {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}, flush=True)
     generator = torch.Generator().manual_seed(args.seed)
     known = 3 * base.window + 4  # of the check: its last steps close a window, when others are read as groups

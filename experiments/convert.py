@@ -43,6 +43,7 @@ from _script import (
     positive,
     prototype_text,
     run_script,
+    share_of_peak,
     show,
 )
 from _settings import GROUPS_ONLY
@@ -107,6 +108,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 LATER = {"finetune_final_lr": 0.1}  # before there was the option
+
 # What a dense model has no use for, and what no reading or option of its own (--far-bias) sets.
 READ = sorted({*GROUPS_ONLY} - {"grouping", "open_groups", "capacity_factor", "far_warmup", "far_bias_init"})
 
@@ -131,10 +133,7 @@ def check(args: argparse.Namespace) -> tuple[CoGAGPT | None, CoGAConfig, list[Re
     at_least(args, 1, "n", "contexts", "batch", "window")
     at_least(args, 0, "train", "finetune", "seed")
     positive(args, "lr", "finetune_lr")
-    if not 0 <= args.finetune_final_lr <= 1:
-        raise ValueError(
-            f"finetune_final_lr={args.finetune_final_lr}: must be a share of the peak, between 0 and 1"
-        )
+    share_of_peak(args, "finetune_final_lr")
     if args.n <= 2 * args.window:
         raise ValueError(
             f"n={args.n}: must be above two windows = {2 * args.window}; shorter has no far field"

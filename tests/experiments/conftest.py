@@ -34,3 +34,16 @@ def refused(request, capsys) -> Callable[[list[str]], str]:
         return error
 
     return run
+
+
+@pytest.fixture
+def refused_and_nothing_written(refused, tmp_path, monkeypatch) -> Callable[[list[str]], str]:
+    """`refused`, called in an empty folder that must stay empty."""
+
+    def run(arguments: list[str]) -> str:
+        monkeypatch.chdir(tmp_path)
+        error = refused(arguments)
+        assert list(tmp_path.iterdir()) == []
+        return error
+
+    return run

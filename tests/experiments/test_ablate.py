@@ -827,12 +827,11 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line_and_writes_nothing(name, text, tmp_path, refused, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_bad_input_is_one_line_and_writes_nothing(name, text, refused_and_nothing_written, monkeypatch):
     monkeypatch.setattr(ablate, "_run", lambda *given: pytest.fail("computed"))
     arguments, expected = BAD[name]
-    assert expected in refused([*TINY, "--arms", "gumbel,near", "--data", text, *arguments])
-    assert list(tmp_path.iterdir()) == []
+    given = [*TINY, "--arms", "gumbel,near", "--data", text, *arguments]
+    assert expected in refused_and_nothing_written(given)
 
 
 def test_an_empty_file(tmp_path, refused):

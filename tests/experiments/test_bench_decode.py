@@ -27,18 +27,14 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line_and_writes_nothing(name, tmp_path, refused, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_bad_input_is_one_line_and_writes_nothing(name, refused_and_nothing_written):
     arguments, expected = BAD[name]
-    assert expected in refused(arguments)
-    assert list(tmp_path.iterdir()) == []
+    assert expected in refused_and_nothing_written(arguments)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(tmp_path, refused, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert "needs a CUDA GPU" in refused([])
-    assert list(tmp_path.iterdir()) == []
+def test_without_a_gpu_it_says_so(refused_and_nothing_written):
+    assert "needs a CUDA GPU" in refused_and_nothing_written([])
 
 
 class Decoder:

@@ -253,11 +253,10 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line_and_writes_nothing(name, checkpoint, text, tmp_path, refused, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_bad_input_is_one_line_and_writes_nothing(name, checkpoint, text, refused_and_nothing_written):
     arguments, expected = BAD[name]
-    assert expected in refused([*TINY, "--checkpoint", str(checkpoint), "--data", text, *arguments])
-    assert list(tmp_path.iterdir()) == []
+    given = [*TINY, "--checkpoint", str(checkpoint), "--data", text, *arguments]
+    assert expected in refused_and_nothing_written(given)
 
 
 def test_checkpoints_that_do_not_fit(checkpoint, text, tmp_path, refused, monkeypatch):

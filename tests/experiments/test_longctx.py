@@ -364,11 +364,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line_and_writes_nothing(name, text, tmp_path, refused, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_bad_input_is_one_line_and_writes_nothing(name, text, refused_and_nothing_written):
     arguments, expected = BAD[name]
-    assert expected in refused([*TINY, "--data", text, *arguments])
-    assert list(tmp_path.iterdir()) == []
+    assert expected in refused_and_nothing_written([*TINY, "--data", text, *arguments])
 
 
 def test_a_comparison_never_adopts_a_run_that_is_there(unbroken, text, tmp_path, refused):

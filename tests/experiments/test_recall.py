@@ -231,11 +231,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line_and_writes_nothing(name, tmp_path, refused, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_bad_input_is_one_line_and_writes_nothing(name, refused_and_nothing_written):
     arguments, expected = BAD[name]
-    assert expected in refused([*TINY, *arguments])
-    assert list(tmp_path.iterdir()) == []
+    assert expected in refused_and_nothing_written([*TINY, *arguments])
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, refused):

@@ -284,11 +284,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line_and_writes_nothing(name, arguments, tmp_path, refused, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_bad_input_is_one_line_and_writes_nothing(name, arguments, refused_and_nothing_written):
     more, expected = BAD[name]
-    assert expected in refused([*arguments, *more])
-    assert list(tmp_path.iterdir()) == []
+    assert expected in refused_and_nothing_written([*arguments, *more])
 
 
 def test_texts_and_folders_that_do_not_fit(run, arguments, tmp_path, refused):
