@@ -32,7 +32,10 @@ from coga.kernels.triton_select import (
     has_kernel,
     keep_best,
     no_choice,
+    product,
+    read_latents,
     shape_options,
+    token_block,
     write_choice,
 )
 
@@ -48,26 +51,10 @@ def _place(offset_ptr, size_ptr, group, total):
 
 
 @triton.jit
-def _part(row, column, live, L: tl.constexpr, WHOLE: tl.constexpr):
-    """Some columns of the slots' latents; a mask only where there is something to leave out."""
-    if live is not None:
-        k = tl.load(row + column[None, :], mask=live[:, None] & (column < L)[None, :], other=0.0)
-    elif WHOLE:
-        k = tl.load(row + column[None, :])
-    else:
-        k = tl.load(row + column[None, :], mask=(column < L)[None, :], other=0.0)
-    return k
-
-
-@triton.jit
 def _scores(q_a, q_b, slot_ptr, slot, live, L: tl.constexpr, LA: tl.constexpr, LB: tl.constexpr):
     """q . k of the slots (BT, BN), -inf where there is no member; all are members where `live` is None."""
-    row = slot_ptr + slot[:, None] * L
-    k_a = _part(row, tl.arange(0, LA), live, L, L == LA + LB)
-    s = tl.dot(q_a, tl.trans(k_a), input_precision="ieee")
-    if LB > 0:
-        k_b = _part(row, LA + tl.arange(0, LB), live, L, L == LA + LB)
-        s = tl.dot(q_b, tl.trans(k_b), s, input_precision="ieee")
+    k_a, k_b = read_latents(slot_ptr + slot[:, None] * L, live, L, LA, LB)
+    s = product(q_a, q_b, k_a, k_b, LB)
     if live is not None:
         s = tl.where(live[None, :], s, -float("inf"))
     return s
@@ -101,19 +88,7 @@ def _members_kernel(
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    blocks = tl.cdiv(length, BT)
-    block = blocks - 1 - tl.program_id(0) % blocks  # the longest rows of tiles first
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
-    t = block * BT + tl.arange(0, BT)
-    real = t < length
-    a = tl.arange(0, LA)
-    row = q_ptr + (batch * length + t)[:, None] * L
-    q_a = tl.load(row + a[None, :], mask=real[:, None] & (a < L)[None, :], other=0.0)
-    q_b = q_a
-    if LB > 0:
-        b = LA + tl.arange(0, LB)
-        q_b = tl.load(row + b[None, :], mask=real[:, None] & (b < L)[None, :], other=0.0)
-    visible = tl.minimum(tl.maximum(t // window - 1, 0) * groups, total)
+    batch, t, real, q_a, q_b, visible = token_block(q_ptr, length, total, window, groups, L, LA, LB, BT)
     most = tl.max(tl.where(real, visible, 0), 0)
     best = no_choice(BT, KEEP, KP, WIDE)
     slot_ptr += batch * places * L
