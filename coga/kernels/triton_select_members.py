@@ -8,6 +8,8 @@ the group's column. There is no T x M buffer.
 
 Where every group has all its members (capacity 1), those of neighbouring groups lie side by side: a product
 is then of BN members of PACK groups, or of a part of one, without a mask and with one address for all.
+Where they do not, `slots` places are read for each group, whatever its size; or, if asked (`packed`), each
+place once, as `coga.kernels.triton_select_packed` tells.
 
 Cost: B T S L / 2 multiply-adds (causal half), a head of dense attention's scores; B T S L / (2 tokens a
 program) elements, mostly from cache. The plain twin is `coga.kernels.reference.select_members`.
@@ -20,6 +22,7 @@ CHUNKS products for a group (large groups), ROOM members of each group where all
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import triton
@@ -38,6 +41,7 @@ from coga.kernels.triton_select import (
     token_block,
     write_choice,
 )
+from coga.kernels.triton_select_packed import Packed, choose_packed
 
 __all__ = ["select_members"]
 
@@ -145,10 +149,12 @@ def select_members(
     tokens: int | None = None,
     tile: int = 32,
     warps: int | None = None,
+    packed: Packed | None = None,
 ) -> Tensor:
     """`coga.kernels.reference.select_members` for a whole sequence: `position` must be 0 .. T-1.
 
-    What `has_kernel` excludes runs the reference.
+    What `has_kernel` excludes runs the reference. `packed`: how groups that are not all full are walked with
+    each place read once; None reads `slots` places of each group.
     """
     batch, length, width = index_q_BTL.shape
     total = offset_BM.shape[1]
@@ -187,9 +193,31 @@ def select_members(
     if not even:
         members = min(64, max(16, power))
         pack = max(1, members // power)
-    roomy = even and half and padded <= 160  # three tiles in flight, and twice the tokens
+    once = None if even or slot.shape[1] == 0 else packed
+    narrow = half and padded <= 160
+    roomy = narrow and (even or once is not None)  # three tiles in flight, and twice the tokens
     tokens = tokens or (16 if keep > 64 else 128 if roomy else 64 if half else 32)
     warps = warps or (8 if tokens == 128 else 4)
+    stages = 3 if roomy else 2
+    if once is not None:
+        once = replace(once, places=once.places or widest, stages=once.stages or stages)
+        choose_packed(
+            q,
+            slot,
+            offset,
+            size,
+            out,
+            once,
+            window=window,
+            groups=groups,
+            slots=slots,
+            scale=1.0 / step,
+            shape=shape,
+            tokens=tokens,
+            tile=tile,
+            warps=warps,
+        )
+        return out
     _members_kernel[(batch * triton.cdiv(length, tokens),)](
         q,
         slot,
@@ -209,7 +237,7 @@ def select_members(
         BT=tokens,
         BM=tile,
         BN=members,
-        STAGES=3 if roomy else 2,
+        STAGES=stages,
         num_warps=warps,
     )
     return out
