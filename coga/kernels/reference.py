@@ -493,7 +493,8 @@ def select_members(
     """`select` by the best member of each group: score[t, m] = max over its members j of index_q_t . k_j.
 
     A mean hides the one member that a token looks for. Cost: B t S L multiply-adds, one head of dense
-    attention's scores; no gradient. `slots`: the most members of a group.
+    attention's scores; no gradient. `slots`: the most members of a group. Members are packed: those of each
+    group follow those of the group before, from slot 0 on; slots beyond the last group's are of no group.
     """
     slot = wide(slot_BSL.detach())
     batch, total = offset_BM.shape

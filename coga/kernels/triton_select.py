@@ -103,6 +103,60 @@ def write_choice(
 
 
 @triton.jit
+def read_part(row, column, live, L: tl.constexpr, WHOLE: tl.constexpr):
+    """Some columns of the latents of rows; a mask only where there is something to leave out."""
+    if live is not None:
+        x = tl.load(row + column[None, :], mask=live[:, None] & (column < L)[None, :], other=0.0)
+    elif WHOLE:
+        x = tl.load(row + column[None, :])
+    else:
+        x = tl.load(row + column[None, :], mask=(column < L)[None, :], other=0.0)
+    return x
+
+
+@triton.jit
+def read_latents(row, live, L: tl.constexpr, LA: tl.constexpr, LB: tl.constexpr):
+    """Latents of rows in two parts of LA and LB columns; without a second part, twice the first."""
+    a = read_part(row, tl.arange(0, LA), live, L, L == LA + LB)
+    b = a
+    if LB > 0:
+        b = read_part(row, LA + tl.arange(0, LB), live, L, L == LA + LB)
+    return a, b
+
+
+@triton.jit
+def product(q_a, q_b, k_a, k_b, LB: tl.constexpr):
+    """q . k (BT, BN) of latents in two parts."""
+    s = tl.dot(q_a, tl.trans(k_a), input_precision="ieee")
+    if LB > 0:
+        s = tl.dot(q_b, tl.trans(k_b), s, input_precision="ieee")
+    return s
+
+
+@triton.jit
+def token_block(
+    q_ptr,
+    length,
+    total,
+    window,
+    groups,
+    L: tl.constexpr,
+    LA: tl.constexpr,
+    LB: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """This program's sequence and tokens (BT), which are real, their queries, how many groups each sees."""
+    blocks = tl.cdiv(length, BT)
+    block = blocks - 1 - tl.program_id(0) % blocks  # the longest rows of tiles first
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    t = block * BT + tl.arange(0, BT)
+    real = t < length
+    q_a, q_b = read_latents(q_ptr + (batch * length + t)[:, None] * L, real, L, LA, LB)
+    visible = tl.minimum(tl.maximum(t // window - 1, 0) * groups, total)
+    return batch, t, real, q_a, q_b, visible
+
+
+@triton.jit
 def _select_kernel(
     q_ptr,
     group_ptr,

@@ -8,6 +8,8 @@ the group's column. There is no T x M buffer.
 
 Where every group has all its members (capacity 1), those of neighbouring groups lie side by side: a product
 is then of BN members of PACK groups, or of a part of one, without a mask and with one address for all.
+Where they do not, `slots` places are read for each group, whatever its size; or, if asked (`packed`), each
+place once, as `coga.kernels.triton_select_packed` tells.
 
 Cost: B T S L / 2 multiply-adds (causal half), a head of dense attention's scores; B T S L / (2 tokens a
 program) elements, mostly from cache. The plain twin is `coga.kernels.reference.select_members`.
@@ -20,6 +22,7 @@ CHUNKS products for a group (large groups), ROOM members of each group where all
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import triton
@@ -32,9 +35,13 @@ from coga.kernels.triton_select import (
     has_kernel,
     keep_best,
     no_choice,
+    product,
+    read_latents,
     shape_options,
+    token_block,
     write_choice,
 )
+from coga.kernels.triton_select_packed import Packed, choose_packed
 
 __all__ = ["select_members"]
 
@@ -48,26 +55,10 @@ def _place(offset_ptr, size_ptr, group, total):
 
 
 @triton.jit
-def _part(row, column, live, L: tl.constexpr, WHOLE: tl.constexpr):
-    """Some columns of the slots' latents; a mask only where there is something to leave out."""
-    if live is not None:
-        k = tl.load(row + column[None, :], mask=live[:, None] & (column < L)[None, :], other=0.0)
-    elif WHOLE:
-        k = tl.load(row + column[None, :])
-    else:
-        k = tl.load(row + column[None, :], mask=(column < L)[None, :], other=0.0)
-    return k
-
-
-@triton.jit
 def _scores(q_a, q_b, slot_ptr, slot, live, L: tl.constexpr, LA: tl.constexpr, LB: tl.constexpr):
     """q . k of the slots (BT, BN), -inf where there is no member; all are members where `live` is None."""
-    row = slot_ptr + slot[:, None] * L
-    k_a = _part(row, tl.arange(0, LA), live, L, L == LA + LB)
-    s = tl.dot(q_a, tl.trans(k_a), input_precision="ieee")
-    if LB > 0:
-        k_b = _part(row, LA + tl.arange(0, LB), live, L, L == LA + LB)
-        s = tl.dot(q_b, tl.trans(k_b), s, input_precision="ieee")
+    k_a, k_b = read_latents(slot_ptr + slot[:, None] * L, live, L, LA, LB)
+    s = product(q_a, q_b, k_a, k_b, LB)
     if live is not None:
         s = tl.where(live[None, :], s, -float("inf"))
     return s
@@ -101,19 +92,7 @@ def _members_kernel(
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    blocks = tl.cdiv(length, BT)
-    block = blocks - 1 - tl.program_id(0) % blocks  # the longest rows of tiles first
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
-    t = block * BT + tl.arange(0, BT)
-    real = t < length
-    a = tl.arange(0, LA)
-    row = q_ptr + (batch * length + t)[:, None] * L
-    q_a = tl.load(row + a[None, :], mask=real[:, None] & (a < L)[None, :], other=0.0)
-    q_b = q_a
-    if LB > 0:
-        b = LA + tl.arange(0, LB)
-        q_b = tl.load(row + b[None, :], mask=real[:, None] & (b < L)[None, :], other=0.0)
-    visible = tl.minimum(tl.maximum(t // window - 1, 0) * groups, total)
+    batch, t, real, q_a, q_b, visible = token_block(q_ptr, length, total, window, groups, L, LA, LB, BT)
     most = tl.max(tl.where(real, visible, 0), 0)
     best = no_choice(BT, KEEP, KP, WIDE)
     slot_ptr += batch * places * L
@@ -170,10 +149,12 @@ def select_members(
     tokens: int | None = None,
     tile: int = 32,
     warps: int | None = None,
+    packed: Packed | None = None,
 ) -> Tensor:
     """`coga.kernels.reference.select_members` for a whole sequence: `position` must be 0 .. T-1.
 
-    What `has_kernel` excludes runs the reference.
+    What `has_kernel` excludes runs the reference. `packed`: how groups that are not all full are walked with
+    each place read once; None reads `slots` places of each group.
     """
     batch, length, width = index_q_BTL.shape
     total = offset_BM.shape[1]
@@ -212,9 +193,31 @@ def select_members(
     if not even:
         members = min(64, max(16, power))
         pack = max(1, members // power)
-    roomy = even and half and padded <= 160  # three tiles in flight, and twice the tokens
+    once = None if even or slot.shape[1] == 0 else packed
+    narrow = half and padded <= 160
+    roomy = narrow and (even or once is not None)  # three tiles in flight, and twice the tokens
     tokens = tokens or (16 if keep > 64 else 128 if roomy else 64 if half else 32)
     warps = warps or (8 if tokens == 128 else 4)
+    stages = 3 if roomy else 2
+    if once is not None:
+        once = replace(once, places=once.places or widest, stages=once.stages or stages)
+        choose_packed(
+            q,
+            slot,
+            offset,
+            size,
+            out,
+            once,
+            window=window,
+            groups=groups,
+            slots=slots,
+            scale=1.0 / step,
+            shape=shape,
+            tokens=tokens,
+            tile=tile,
+            warps=warps,
+        )
+        return out
     _members_kernel[(batch * triton.cdiv(length, tokens),)](
         q,
         slot,
@@ -234,7 +237,7 @@ def select_members(
         BT=tokens,
         BM=tile,
         BN=members,
-        STAGES=3 if roomy else 2,
+        STAGES=stages,
         num_warps=warps,
     )
     return out

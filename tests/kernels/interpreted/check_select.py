@@ -8,6 +8,7 @@ import torch
 from coga.kernels import reference
 from coga.kernels.triton_select import select
 from coga.kernels.triton_select_members import select_members
+from coga.kernels.triton_select_packed import Packed
 
 SHAPES = {
     "plain": dict(batch=2, length=37, width=32, window=4, groups=2, count=4),
@@ -94,3 +95,73 @@ def test_same_choice_by_members(name, equal):
     chosen = select_members(*inputs, **options, tokens=16, tile=16)
     assert chosen.dtype == torch.int64
     assert torch.equal(chosen, expected)
+
+
+PACKED = {  # sizes of the groups of a window, by turns
+    "R-8-capacity-1.5": dict(sizes=[[12, 4, 9, 7], [8, 8, 12, 4]], spare=0),
+    "R-16-capacity-2": dict(sizes=[[32, 0], [5, 27]]),
+    "R-32-capacity-2": dict(sizes=[[64, 0], [31, 33], [1, 63]], unread=1),
+    "R-64-capacity-1.5": dict(sizes=[[96, 32], [50, 78]], windows=3, batch=1),
+    "one-group-that-is-a-window": dict(sizes=[[80]], count=1, batch=1),
+    "empty-groups": dict(sizes=[[0, 0, 16, 0], [0, 16, 0, 0], [16, 0, 0, 0], [0, 0, 0, 16]], windows=7),
+    "a-block-of-many-groups": dict(sizes=[[1, 2, 1, 0, 1, 3, 1, 1, 2, 4], [1] * 9 + [7]]),
+    "few-large-many-tiny-groups": dict(sizes=[[11, 1, 1, 1, 1, 1]], windows=6, unread=2),
+    "three-groups-in-a-window": dict(sizes=[[7, 1, 10], [0, 18, 0], [6, 5, 7]], windows=7, spare=0),
+    "seventeen-groups-in-a-window": dict(sizes=[[2] * 8 + [0] * 8 + [5], [1] * 16 + [5]]),
+    "all-in-a-block": dict(sizes=[[3, 1, 0, 4], [2, 2, 2, 2]], count=2, unread=1),
+    "several-tiles": dict(sizes=[[3, 1, 0, 4], [2, 2, 2, 2]], windows=14, count=5, batch=1),
+}
+WALKS = {
+    "nested": Packed(places=16),
+    "nested-wide": Packed(places=64),
+    "flat": Packed(flat=True, places=16, groups=3, stages=2),
+    "flat-wide": Packed(flat=True, places=64, groups=4),
+    "flat-one-by-one": Packed(flat=True, places=32, groups=1),
+}
+
+
+def packed_case(sizes, windows=4, count=3, batch=2, width=24, unread=0, spare=5):
+    """Windows that take the sizes by turns, then some of which no group is known, and some places of NaN."""
+    g = torch.Generator().manual_seed(5)
+    window, groups = sum(sizes[0]), len(sizes[0])
+    turn = torch.arange(batch)[:, None] + torch.arange(windows)
+    size = torch.tensor(sizes)[turn % len(sizes)].flatten(1)
+    length = (windows + 1) * window + 3
+    q = torch.randn(batch, length, width, generator=g)
+    slot = torch.randn(batch, windows * window + spare, width, generator=g) / width**0.5
+    slot[:, windows * window :] = torch.nan
+    offset = size.cumsum(1) - size
+    options = dict(count=count, window=window, groups=groups, slots=int(size.max()))
+    options["step"] = reference.rounding_step(torch.float32)
+    known = (windows - unread) * groups
+    return (q, torch.arange(length), slot, offset[:, :known], size[:, :known]), options
+
+
+def reference_choice(q, position, slot, offset, size, **options):
+    return reference.select_members(q, position, slot.nan_to_num(), offset, size, **options)
+
+
+@pytest.mark.parametrize("walk", WALKS)
+@pytest.mark.parametrize("name", PACKED)
+def test_same_choice_with_each_place_read_once(name, walk):
+    inputs, options = packed_case(**PACKED[name])
+    chosen = select_members(*inputs, **options, tokens=64, tile=16, packed=WALKS[walk])
+    assert torch.equal(chosen, reference_choice(*inputs, **options))
+    assert (chosen >= 0).any()
+
+
+@pytest.mark.parametrize("walk", ["nested-wide", "flat-wide"])
+def test_half_precision_keys_with_each_place_read_once(walk):
+    (q, position, slot, offset, size), options = packed_case(**PACKED["R-8-capacity-1.5"])
+    options["step"] = reference.rounding_step(torch.float16)
+    inputs = q.half(), position, slot.half(), offset, size
+    chosen = select_members(*inputs, **options, tokens=64, tile=16, packed=WALKS[walk])
+    assert torch.equal(chosen, reference_choice(*inputs, **options))
+
+
+@pytest.mark.parametrize("walk", ["nested", "flat"])
+def test_ties_go_to_the_lower_group_with_each_place_read_once(walk):
+    (q, position, slot, offset, size), options = packed_case(**PACKED["empty-groups"], spare=0)
+    inputs = q, position, slot[:, :1].expand_as(slot), offset, size
+    chosen = select_members(*inputs, **options, tokens=64, tile=16, packed=WALKS[walk])
+    assert torch.equal(chosen, reference_choice(*inputs, **options))
