@@ -54,8 +54,9 @@ def entropy_shortfall(
         members=members,
     )
     seen = [p for p in (parts.near_BtHs, parts.opened_BtHk, parts.far_BtHm) if p is not None]
-    mass = sum((p.sum(-1) for p in seen), torch.zeros((), device=q.device)).clamp_min(1e-12)
-    entropy = -sum((torch.xlogy(p, p.clamp_min(1e-30)).sum(-1) for p in seen), torch.zeros((), device=q.device))
+    zero = torch.zeros((), device=q.device)
+    mass = sum((p.sum(-1) for p in seen), zero).clamp_min(1e-12)
+    entropy = -sum((torch.xlogy(p, p.clamp_min(1e-30)).sum(-1) for p in seen), zero)
     if parts.far_BtHm is not None:
         assert far is not None and far.log_size_BM is not None
         spread = far.log_size_BM.masked_fill(far.log_size_BM.isinf(), 0).to(mass.dtype)
