@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from coga.kernels import reference
+from coga.kernels.triton_parts import cut
 from coga.kernels.triton_select import select
 from coga.kernels.triton_select_members import select_members
-from coga.kernels.triton_select_packed import Packed
 
 SHAPES = {
     "plain": dict(batch=2, length=37, width=32, window=4, groups=2, count=4),
@@ -97,7 +97,7 @@ def test_same_choice_by_members(name, equal):
     assert torch.equal(chosen, expected)
 
 
-PACKED = {  # sizes of the groups of a window, by turns
+UNEVEN = {  # sizes of the groups of a window, by turns
     "R-8-capacity-1.5": dict(sizes=[[12, 4, 9, 7], [8, 8, 12, 4]], spare=0),
     "R-16-capacity-2": dict(sizes=[[32, 0], [5, 27]]),
     "R-32-capacity-2": dict(sizes=[[64, 0], [31, 33], [1, 63]], unread=1),
@@ -111,16 +111,9 @@ PACKED = {  # sizes of the groups of a window, by turns
     "all-in-a-block": dict(sizes=[[3, 1, 0, 4], [2, 2, 2, 2]], count=2, unread=1),
     "several-tiles": dict(sizes=[[3, 1, 0, 4], [2, 2, 2, 2]], windows=14, count=5, batch=1),
 }
-WALKS = {
-    "nested": Packed(places=16),
-    "nested-wide": Packed(places=64),
-    "flat": Packed(flat=True, places=16, groups=3, stages=2),
-    "flat-wide": Packed(flat=True, places=64, groups=4),
-    "flat-one-by-one": Packed(flat=True, places=32, groups=1),
-}
 
 
-def packed_case(sizes, windows=4, count=3, batch=2, width=24, unread=0, spare=5):
+def uneven_case(sizes, windows=4, count=3, batch=2, width=24, unread=0, spare=5):
     """Windows that take the sizes by turns, then some of which no group is known, and some places of NaN."""
     g = torch.Generator().manual_seed(5)
     window, groups = sum(sizes[0]), len(sizes[0])
@@ -141,27 +134,42 @@ def reference_choice(q, position, slot, offset, size, **options):
     return reference.select_members(q, position, slot.nan_to_num(), offset, size, **options)
 
 
-@pytest.mark.parametrize("walk", WALKS)
-@pytest.mark.parametrize("name", PACKED)
-def test_same_choice_with_each_place_read_once(name, walk):
-    inputs, options = packed_case(**PACKED[name])
-    chosen = select_members(*inputs, **options, tokens=64, tile=16, packed=WALKS[walk])
+@pytest.mark.parametrize("tile", [16, 32])
+@pytest.mark.parametrize("name", UNEVEN)
+def test_same_choice_from_parts_of_unequal_groups(name, tile):
+    inputs, options = uneven_case(**UNEVEN[name])
+    chosen = select_members(*inputs, **options, tokens=64, tile=tile)
     assert torch.equal(chosen, reference_choice(*inputs, **options))
     assert (chosen >= 0).any()
 
 
-@pytest.mark.parametrize("walk", ["nested-wide", "flat-wide"])
-def test_half_precision_keys_with_each_place_read_once(walk):
-    (q, position, slot, offset, size), options = packed_case(**PACKED["R-8-capacity-1.5"])
+def test_half_precision_keys_of_unequal_groups():
+    (q, position, slot, offset, size), options = uneven_case(**UNEVEN["R-8-capacity-1.5"])
     options["step"] = reference.rounding_step(torch.float16)
     inputs = q.half(), position, slot.half(), offset, size
-    chosen = select_members(*inputs, **options, tokens=64, tile=16, packed=WALKS[walk])
+    chosen = select_members(*inputs, **options, tokens=64, tile=16)
     assert torch.equal(chosen, reference_choice(*inputs, **options))
 
 
-@pytest.mark.parametrize("walk", ["nested", "flat"])
-def test_ties_go_to_the_lower_group_with_each_place_read_once(walk):
-    (q, position, slot, offset, size), options = packed_case(**PACKED["empty-groups"], spare=0)
+def test_ties_of_unequal_groups_go_to_the_lower_group():
+    (q, position, slot, offset, size), options = uneven_case(**UNEVEN["empty-groups"], spare=0)
     inputs = q, position, slot[:, :1].expand_as(slot), offset, size
-    chosen = select_members(*inputs, **options, tokens=64, tile=16, packed=WALKS[walk])
+    chosen = select_members(*inputs, **options, tokens=64, tile=16)
     assert torch.equal(chosen, reference_choice(*inputs, **options))
+
+
+@pytest.mark.parametrize("part", [16, 32])
+@pytest.mark.parametrize("name", UNEVEN)
+def test_parts_hold_the_members_of_one_group_each(name, part):
+    (_, _, slot, offset, size), _ = uneven_case(**UNEVEN[name])
+    parts = cut(slot, offset.contiguous(), size.contiguous(), part, spare=2)
+    for b in range(len(slot)):
+        assert parts.end_BM[b, -1] + 2 <= parts.owner_BP.shape[1]
+        latent = parts.latent_BSL[b].unflatten(0, (-1, part))
+        begin = 0
+        for m, end in enumerate(parts.end_BM[b].tolist()):
+            assert (parts.owner_BP[b, begin:end] == m).all()
+            member = slot[b, offset[b, m] : offset[b, m] + size[b, m]]
+            last = member[-1:].expand((end - begin) * part - len(member), -1) if end > begin else member
+            assert torch.equal(latent[begin:end].flatten(0, 1), torch.cat([member, last]))
+            begin = end
