@@ -64,8 +64,10 @@ def _put(score, s, owner, m, EACH: tl.constexpr):
 def _owner(owner_ptr, part, end, EACH: tl.constexpr):
     """The group of a part; beyond `end` one that is not seen from this tile."""
     if EACH > 0:
-        return part // EACH
-    return tl.load(owner_ptr + part, mask=part < end, other=-1)
+        owner = part // EACH
+    else:
+        owner = tl.load(owner_ptr + part, mask=part < end, other=-1)
+    return owner
 
 
 @triton.jit
@@ -214,14 +216,14 @@ def select_members(
     # The last product of a tile may begin inside what a token reads and end beyond it, but not beyond `slot`.
     read = min(max((length - 1) // window - 1, 0) * groups, total)
     if each == 0 or (read * each + pack - 1) * size > slot.shape[1]:
-        each, size = 0, part or min(widest, max(16, triton.next_power_of_2(window // groups) // 2))
+        each, size = 0, part or min(widest, max(16, triton.next_power_of_2(window // groups)))
         pack = widest // size
         parts = cut(slot, offset, size_BM.contiguous(), size, pack)
         slot, owner, end = parts.latent_BSL, parts.owner_BP, parts.end_BM
     else:
         owner = end = offset  # not read
     tokens = tokens or (16 if keep > 64 else 128 if narrow else 64 if half else 32)
-    warps = warps or (8 if tokens == 128 else 4)
+    warps = warps or (8 if tokens == 128 and each else 4)
     _members_kernel[(batch * triton.cdiv(length, tokens),)](
         q,
         slot,

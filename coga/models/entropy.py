@@ -20,6 +20,7 @@ __all__ = ["entropy_shortfall"]
 QUERIES = 64
 
 
+@torch.compiler.disable(reason="Triton 3.6 fails on a reduction that Inductor makes of the entropy term")
 def entropy_shortfall(
     q_BTHL: Tensor,
     latent_BTL: Tensor,
@@ -32,7 +33,8 @@ def entropy_shortfall(
     far: Far | None,
     length_B: Tensor | None,
 ) -> Tensor:
-    """Scalar in [0, 1]; differentiable. Memory: 64 x T x H scores."""
+    """Scalar in [0, 1]; differentiable. Memory: 64 x T x H scores. Compiled models run it uncompiled, so
+    `fullgraph=True` is an error where it has a weight."""
     length = q_BTHL.shape[1]
     stride = -(-length // QUERIES)
     position = torch.arange(stride - 1, length, stride, device=q_BTHL.device)
@@ -54,9 +56,8 @@ def entropy_shortfall(
         members=members,
     )
     seen = [p for p in (parts.near_BtHs, parts.opened_BtHk, parts.far_BtHm) if p is not None]
-    zero = torch.zeros((), device=q.device)
-    mass = sum((p.sum(-1) for p in seen), zero).clamp_min(1e-12)
-    entropy = -sum((torch.xlogy(p, p.clamp_min(1e-30)).sum(-1) for p in seen), zero)
+    mass = torch.stack([p.sum(-1) for p in seen]).sum(0).clamp_min(1e-12)
+    entropy = torch.stack([-torch.xlogy(p, p.clamp_min(1e-30)).sum(-1) for p in seen]).sum(0)
     if parts.far_BtHm is not None:
         assert far is not None and far.log_size_BM is not None
         spread = far.log_size_BM.masked_fill(far.log_size_BM.isinf(), 0).to(mass.dtype)

@@ -116,7 +116,8 @@ class CoGAGPT(nn.Module):
         # One code object serves all blocks, at every length of a run; torch's own limit of 8 would end that.
         limits = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, 64)
-        options = {"fullgraph": True, "dynamic": False, **options}
+        whole = self.config.entropy_weight == 0  # the entropy term stays uncompiled
+        options = {"fullgraph": whole, "dynamic": False, **options}
         self._compiled = [torch.compile(block, **options) for block in self.stack]
         self._chunk_sum = torch.compile(chunk_sum, **options)
 

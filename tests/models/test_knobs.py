@@ -215,3 +215,21 @@ def test_extra_losses_are_named_weighted_and_only_in_training():
     assert_close(more["entropy"], 3 * out.aux["entropy"])
     assert_close(more["index"], 4 * out.aux["index"])
     assert not model.eval()(data, targets=data).aux
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, when it looks at a graph's inputs
+def test_the_entropy_term_in_compiled_blocks_is_that_of_plain_ones():
+    config = small_config(entropy_weight=0.25)
+    data = real_bytes(2, LONGEST)
+    results = []
+    for compiled in (False, True):
+        model = perturb(CoGAGPT(config).double()).train()
+        if compiled:
+            model.compile_blocks(backend="aot_eager")
+        out = model(data, targets=data)
+        out.total_loss.backward()
+        results.append([out.aux["entropy"], *(p.grad for p in model.parameters())])
+    for plain, ours in zip(*results, strict=True):
+        assert_close(ours, plain)
+    with pytest.raises(Exception, match="entropy term"):
+        torch.compile(CoGAGPT(config).train(), backend="aot_eager", fullgraph=True)(data, targets=data)
