@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from _common import precision, write_text
+from _copying import copying, copying_line, hardly_copies
 from _dense_start import dense_twin
 from _evaluate import Probe, probe, probe_tokens
 from _script import prototype_text, read_as
@@ -32,12 +33,13 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from coga import CoGAConfig
-from coga.data import Corpus, batches
+from coga.data import Corpus, batches, contexts
 from coga.models import CoGAGPT
 
 __all__ = ["NonFinite", "Stop", "Trainer"]
 
 PROBES = 20  # over a run
+COPIED = 8  # held-out contexts on which copying is measured
 CLIP = 1.0
 
 
@@ -96,6 +98,15 @@ class Trainer:
             if name in moments:
                 self.optimizer.state[p] = moments[name]
 
+    def _how_well_it_copies(self) -> str:
+        """For the terminal, of the dense model that is to be read through groups."""
+        held_out = contexts(self.corpus, self.settings.warmup_len, COPIED)
+        found = copying(self.model, *held_out, self.device, self.settings.warmup_batch)
+        line = copying_line(found)
+        if hardly_copies(found):
+            line += ": it hardly copies yet, and groups may lag; a longer dense warm-up may help"
+        return line
+
     # --- the loop ------------------------------------------------------------------------------------------
 
     def run(self) -> None:
@@ -141,6 +152,8 @@ class Trainer:
         step, began = self.step, time.monotonic()
         if step == self.settings.warmup_steps and self.model.config != self.config:
             bar.set_description("finding groups")
+            if line := self._how_well_it_copies():
+                bar.write(line)
             self._open_groups()
         length, batch = self.settings.shape(step)
         rate = self.settings.learning_rate(step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import _copying
 import pytest
 import torch
-from _copying import LEAD, copying, copying_line, repeated
+from _copying import HARDLY, LEAD, copying, copying_line, hardly_copies, repeated
 
 from coga import CoGAConfig
 from coga.models import CoGAGPT
@@ -72,3 +72,9 @@ def test_contexts_that_cannot_hold_it_say_nothing():
     x = text(4 * LEAD)
     assert copying(CoGAGPT(CoGAConfig.preset("tiny")), x[:, :-1], x[:, 1:], CPU, 1) == {}
     assert copying_line({}) == copying_line({"first": None, "near": None, "far": None}) == ""
+
+
+@pytest.mark.parametrize(("near", "hardly"), [(HARDLY - 0.01, False), (HARDLY + 0.01, True), (None, False)])
+def test_a_model_that_loses_most_of_it_again_hardly_copies(near, hardly):
+    assert hardly_copies({"first": 1.0, "near": near, "far": 1.0}) is hardly
+    assert not hardly_copies({})

@@ -177,6 +177,16 @@ def test_weights_and_moments_are_taken_over_and_groups_found(text, tmp_path, mon
     assert seen == [3, 3]  # `mha` layers have no dense twin but themselves
 
 
+def test_the_switch_tells_how_well_the_dense_model_copies(text, tmp_path, capsys):
+    """At random weights it does not."""
+    more = ["--warmup-len", "80", "--dense-warmup", "--data", text, "--out", str(tmp_path / "run")]
+    assert longctx.main([*TINY, *more]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "copying" in line]
+    assert len(lines) == 1
+    assert "nats a token, read again" in lines[0]
+    assert lines[0].endswith("it hardly copies yet, and groups may lag; a longer dense warm-up may help")
+
+
 def test_a_run_from_before_the_option_goes_on(unbroken, tmp_path):
     folder = copied(unbroken, tmp_path)
     content = json.loads((folder / "config.json").read_text())
