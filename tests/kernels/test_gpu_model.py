@@ -265,10 +265,20 @@ def test_opcheck_of_the_triton_bodies():
 
 
 def test_training_follows_the_reference():
-    """200 steps, the same batches: as close to the reference in bf16 as that is to itself in float32."""
+    """200 steps, the same batches. 100 steps are the same curve. After them the text begins to be copied, and
+    what rounding alone does grows a hundredfold: three references tell how far."""
     curves = []
-    for backend, half in (("reference", False), ("reference", True), ("triton", True)):
+    for backend, half, rounded in (
+        ("reference", False, False),
+        ("reference", True, False),
+        ("reference", True, True),
+        ("triton", True, False),
+    ):
         model = CoGAGPT(CoGAConfig.preset("tiny", backend=backend, seed=1)).cuda()
+        if rounded:
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.copy_(p.bfloat16())
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         curve = []
         for number in range(200):
@@ -280,12 +290,14 @@ def test_training_follows_the_reference():
             optimizer.zero_grad()
             model.update_groups(out)
             curve.append(out.loss.detach())
-        curves.append(torch.stack(curve).float().cpu())
-    exact, reference, ours = (c.view(10, 20).mean(1) for c in curves)
-    noise, gap = (reference - exact).abs().max(), (ours - reference).abs().max()
-    print(f"means of 20 steps: bf16 noise {noise:.4f}, gap {gap:.4f};", reference.tolist(), ours.tolist())
+        curves.append(torch.stack(curve).float().cpu().view(10, 20).mean(1))
+    exact, reference, rounded, ours = curves
+    noise = torch.stack([reference - exact, rounded - exact, rounded - reference]).abs().amax(0)
+    gap = (ours - reference).abs()
+    print("means of 20 steps:", *(x.tolist() for x in (exact, reference, rounded, ours)))
     assert reference[-1] < reference[0] - 1
-    assert gap <= 2 * noise + 0.02
+    assert gap[:5].max() <= 2 * noise[:5].max() + 0.01
+    assert gap.max() <= 2 * noise.max() + 0.02
 
 
 def test_131072_tokens_and_offsets_past_2_to_the_31():
