@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 import time
 from pathlib import Path
@@ -184,8 +185,12 @@ class Run:
     def at_once(self) -> int:
         return max(1, TOKENS_AT_ONCE[self.device.type] // self.args.n)
 
-    def measure(self, model: CoGAGPT) -> dict[str, float]:
-        return figures(validate(model, self.tokens, self.targets, self.device, self.at_once)[0])
+    def measure(self, model: CoGAGPT, title: str) -> dict[str, float]:
+        """FloatingPointError where a figure is not finite, so that no such row is written."""
+        found = figures(validate(model, self.tokens, self.targets, self.device, self.at_once)[0])
+        if not all(math.isfinite(value) for value in found.values()):
+            raise FloatingPointError(f"{title}: the held-out loss is not finite")
+        return found
 
     def train(
         self, model: CoGAGPT, steps: int, lr: float, first: int, title: str, floor: float = 0.1
@@ -246,7 +251,7 @@ class Run:
                 "opened": reading.opened,
                 "far_bias": self.args.far_bias,
             }
-            row |= self.measure(self.as_read(model, reading))
+            row |= self.measure(self.as_read(model, reading), reading.text)
             if reading.name == "full":
                 row["copying"] = copying(model, self.tokens, self.targets, self.device, self.at_once)
             # `full` is read first, so that every row has its distance from it.
@@ -263,13 +268,13 @@ class Run:
             if reading.text in self.done("finetune"):
                 continue
             other = self.as_read(model, reading)
-            before = self.measure(other)
             title = f"fine-tuning {reading.text}"
+            before = self.measure(other, title)
             rate, floor = self.args.finetune_lr, self.args.finetune_final_lr
             found = self.train(other, self.args.finetune, rate, FINETUNING, title, floor)
             other.eval().save_pretrained(self.args.out / f"finetuned-{reading.text.replace(':', '-')}")
             row = {"kind": "finetune", "arm": reading.text, "far_bias": self.args.far_bias}
-            self.add({**row, "before": before, "after": self.measure(other), **found})
+            self.add({**row, "before": before, "after": self.measure(other, title), **found})
         done = self.done("finetune")
         return [done[reading.text] for reading in arms]
 

@@ -58,6 +58,27 @@ def rows_of(folder: Path, kind: str) -> dict[str, dict]:
     return {row["arm"]: row for row in rows if row["kind"] == kind}
 
 
+def test_a_model_whose_loss_is_not_finite_leaves_no_row(checkpoint, text, tmp_path, capsys):
+    broken = CoGAGPT.from_pretrained(checkpoint)
+    with torch.no_grad():
+        broken.norm.weight.fill_(float("nan"))
+    broken.save_pretrained(tmp_path / "model")
+    arguments = [
+        *TINY,
+        "--checkpoint",
+        str(tmp_path / "model"),
+        "--data",
+        text,
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    for again in ([], ["--resume"]):
+        assert convert.main([*arguments, *again]) == 1
+        assert "full: the held-out loss is not finite" in capsys.readouterr().err
+        rows = tmp_path / "run" / "rows.jsonl"
+        assert not rows.exists() or not rows.read_text()
+
+
 def test_every_reading_has_a_row(run):
     rows = rows_of(run, "zero_shot")
     names = [f"{g}:{r}:{k}" for g in ("contiguous", "kmeans") for r in (4, 8) for k in (0, 2, 16)]
