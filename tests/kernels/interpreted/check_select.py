@@ -173,3 +173,16 @@ def test_parts_hold_the_members_of_one_group_each(name, part):
             last = member[-1:].expand((end - begin) * part - len(member), -1) if end > begin else member
             assert torch.equal(latent[begin:end].flatten(0, 1), torch.cat([member, last]))
             begin = end
+
+
+def test_what_is_read_beyond_the_last_part_belongs_to_no_group(monkeypatch):
+    """All scores are negative, and memory that is not set says group 0: with zeros it would win."""
+    (q, position, slot, offset, size), options = uneven_case(
+        sizes=[[3, 1, 5], [2, 2, 5]], count=1, width=16, unread=1
+    )
+    inputs = q.abs(), position, -slot.abs(), offset, size
+    expected = reference_choice(*inputs, **options)
+    assert (expected > 0).any()
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **more: empty(*shape, **more).zero_())
+    assert torch.equal(select_members(*inputs, **options, tokens=64, tile=16, part=16), expected)
