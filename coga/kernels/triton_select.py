@@ -177,37 +177,21 @@ def _select_kernel(
     BT: tl.constexpr,
     BM: tl.constexpr,
 ):
-    blocks = tl.cdiv(length, BT)
-    block = blocks - 1 - tl.program_id(0) % blocks  # the longest rows of tiles first
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
-    t = block * BT + tl.arange(0, BT)
-    a = tl.arange(0, LA)
-    row = q_ptr + (batch * length + t)[:, None] * L
-    real = (t < length)[:, None]
-    q_a = tl.load(row + a[None, :], mask=real & (a < L)[None, :], other=0.0)
-    if LB > 0:
-        b = LA + tl.arange(0, LB)
-        q_b = tl.load(row + b[None, :], mask=real & (b < L)[None, :], other=0.0)
-    visible = tl.minimum(tl.maximum(t // window - 1, 0) * groups, total)
-    most = tl.max(tl.where(t < length, visible, 0), 0)
+    batch, t, real, q_a, q_b, visible = token_block(q_ptr, length, total, window, groups, L, LA, LB, BT)
+    most = tl.max(tl.where(real, visible, 0), 0)
     best = no_choice(BT, KEEP, KP, WIDE)
     group_ptr += batch * total * L
     log_size_ptr += batch * total
     tiles = tl.cdiv(most, BM)
     for i in range(0, tiles):
         m = (tiles - 1 - i) * BM + tl.arange(0, BM)
-        column = group_ptr + m[:, None] * L
-        inside = (m < total)[:, None]
-        g_a = tl.load(column + a[None, :], mask=inside & (a < L)[None, :], other=0.0)
-        score = tl.dot(q_a, tl.trans(g_a), input_precision="ieee")
-        if LB > 0:
-            g_b = tl.load(column + b[None, :], mask=inside & (b < L)[None, :], other=0.0)
-            score = tl.dot(q_b, tl.trans(g_b), score, input_precision="ieee")
+        g_a, g_b = read_latents(group_ptr + m[:, None] * L, m < total, L, LA, LB)
+        score = product(q_a, q_b, g_a, g_b, LB)
         log_size = tl.load(log_size_ptr + m, mask=m < total, other=-float("inf"))
         seen = (m[None, :] < visible[:, None]) & (log_size > -float("inf"))[None, :]
         score += tl.where(log_size > -float("inf"), log_size, 0.0)[None, :]
         best = keep_best(best, score, seen, m, scale, SPAN, WIDE)
-    write_choice(out_ptr, best, batch * length + t, t < length, KEEP, KP, SPAN, WIDE)
+    write_choice(out_ptr, best, batch * length + t, real, KEEP, KP, SPAN, WIDE)
 
 
 def choice_without_scores(
