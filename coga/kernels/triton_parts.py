@@ -5,7 +5,7 @@
 A maximum over members is then one over whole parts, of places side by side, without a mask, however many
 members a group has; a group of n members takes ceil(n / SIZE) parts, half a part too many on average.
 
-Cost: reads and writes the members once (B S L elements, half as many again at SIZE = R / 2).
+Cost: reads and writes the members once (B S L elements; writes half as many again at SIZE = R).
 
 Legend: B batch, S slots (places), L latent width, M groups, P parts that there is room for.
 """

@@ -10,7 +10,7 @@ buffer, no mask and one address for a whole product.
 Where every group has all its members (capacity 1), they lie so already: a part is a group, or an even share
 of one. Otherwise they are copied so first (`coga.kernels.triton_parts`).
 
-Cost: B T S L / 2 multiply-adds (causal half), a head of dense attention's scores, and a quarter more where
+Cost: B T S L / 2 multiply-adds (causal half), a head of dense attention's scores, and half more where
 groups are unequal; B T S L / (2 tokens a program) elements, mostly from cache. The plain twin is
 `coga.kernels.reference.select_members`.
 

@@ -109,6 +109,7 @@ UNEVEN = {  # sizes of the groups of a window, by turns
     "three-groups-in-a-window": dict(sizes=[[7, 1, 10], [0, 18, 0], [6, 5, 7]], windows=7, spare=0),
     "seventeen-groups-in-a-window": dict(sizes=[[2] * 8 + [0] * 8 + [5], [1] * 16 + [5]]),
     "all-in-a-block": dict(sizes=[[3, 1, 0, 4], [2, 2, 2, 2]], count=2, unread=1),
+    "a-prefix-of-large-groups": dict(sizes=[[64, 0], [31, 33]], windows=4, unread=2),
     "several-tiles": dict(sizes=[[3, 1, 0, 4], [2, 2, 2, 2]], windows=14, count=5, batch=1),
 }
 
