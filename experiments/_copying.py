@@ -10,6 +10,7 @@ counts gains a little by a repetition; one that copies loses a small part of wha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -51,9 +52,14 @@ def copying(
     return found
 
 
+def _known(found: Mapping[str, float | None]) -> bool:
+    """Whether all three were measured and are finite (rows of JSON have None where they are not)."""
+    return bool(found) and all(value is not None and math.isfinite(value) for value in found.values())
+
+
 def copying_line(found: Mapping[str, float | None]) -> str:
-    """For the terminal; empty where there is nothing to say (None: not finite)."""
-    if not found or None in found.values():
+    """For the terminal; empty where there is nothing to say."""
+    if not _known(found):
         return ""
     first, near, far = (found[name] for name in ("first", "near", "far"))
     return f"copying {first:.3f} nats a token, read again {near:.3f} near and {far:.3f} far"
@@ -61,4 +67,4 @@ def copying_line(found: Mapping[str, float | None]) -> str:
 
 def hardly_copies(found: Mapping[str, float | None]) -> bool:
     """Whether a dense model is not ready to be read through groups; False where that is not known."""
-    return bool(found) and None not in found.values() and found["near"] > HARDLY * found["first"]
+    return _known(found) and found["near"] > HARDLY * found["first"]

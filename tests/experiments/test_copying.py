@@ -74,7 +74,19 @@ def test_contexts_that_cannot_hold_it_say_nothing():
     assert copying_line({}) == copying_line({"first": None, "near": None, "far": None}) == ""
 
 
-@pytest.mark.parametrize(("near", "hardly"), [(HARDLY - 0.01, False), (HARDLY + 0.01, True), (None, False)])
-def test_a_model_that_loses_most_of_it_again_hardly_copies(near, hardly):
-    assert hardly_copies({"first": 1.0, "near": near, "far": 1.0}) is hardly
-    assert not hardly_copies({})
+@pytest.mark.parametrize(("near", "hardly"), [(HARDLY - 0.01, False), (HARDLY + 0.01, True)])
+@pytest.mark.parametrize("first", [0.5, 1.0, 2.0])
+def test_a_model_that_loses_most_of_it_again_hardly_copies(first, near, hardly):
+    assert hardly_copies({"first": first, "near": near * first, "far": first}) is hardly
+
+
+@pytest.mark.parametrize("name", ["first", "near", "far"])
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
+def test_nothing_is_said_of_what_is_not_finite(name, value):
+    """With the other numbers a model that hardly copies."""
+    found = {"first": 1.0, "near": 1.0, "far": 1.0}
+    assert hardly_copies(found) and copying_line(found)
+    found[name] = value
+    assert hardly_copies(found) is False
+    assert copying_line(found) == ""
+    assert hardly_copies({}) is False

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from coga import CoGAConfig
+from coga.data import contexts, load_corpus
 from coga.models import CoGAGPT
 
 ROOT = Path(__file__).parents[2]
@@ -185,6 +186,26 @@ def test_the_switch_tells_how_well_the_dense_model_copies(text, tmp_path, capsys
     assert len(lines) == 1
     assert "nats a token, read again" in lines[0]
     assert lines[0].endswith("it hardly copies yet, and groups may lag; a longer dense warm-up may help")
+
+
+def test_what_copies_at_the_switch_is_the_dense_model_on_held_out_text(text, tmp_path, monkeypatch, capsys):
+    """Contexts as long as the warm-up's; with a tenth of the loss left nothing is said against it."""
+    seen = []
+
+    def watched(model, tokens_BT, targets_BT, device, batch):
+        seen.append((model.config.layers, tokens_BT, targets_BT, device.type, batch))
+        return {"first": 1.0, "near": 0.1, "far": 0.2}
+
+    monkeypatch.setattr(_train, "copying", watched)
+    more = ["--warmup-len", "80", "--dense-warmup", "--data", text, "--out", str(tmp_path / "run")]
+    assert longctx.main([*TINY, *more]) == 0
+    [(layers, tokens, targets, device, batch)] = seen
+    assert (layers, device, batch) == ("full", "cpu", 2)
+    held_out = contexts(load_corpus(text, length=100), 80, 8)
+    assert torch.equal(tokens, held_out[0]) and torch.equal(targets, held_out[1])
+    assert tokens.shape == (8, 80)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "copying" in line]
+    assert lines == ["copying 1.000 nats a token, read again 0.100 near and 0.200 far"]
 
 
 def test_a_run_from_before_the_option_goes_on(unbroken, tmp_path):

@@ -233,3 +233,18 @@ def test_the_entropy_term_in_compiled_blocks_is_that_of_plain_ones():
         assert_close(ours, plain)
     with pytest.raises(Exception, match="entropy term"):
         torch.compile(CoGAGPT(config).train(), backend="aot_eager", fullgraph=True)(data, targets=data)
+
+
+@pytest.mark.parametrize("entropy_weight", [0.0, 0.25])
+def test_only_blocks_with_the_entropy_term_may_compile_into_several_graphs(entropy_weight, monkeypatch):
+    """Elsewhere a break in a graph is an error, not a slower step that nobody sees."""
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda body, **options: asked.append(options) or body)
+    model = CoGAGPT(small_config(entropy_weight=entropy_weight))
+    model.compile_blocks()
+    assert asked == [{"fullgraph": entropy_weight == 0, "dynamic": False}] * (len(model.stack) + 1)
+    asked.clear()
+    model.compile_blocks(fullgraph=entropy_weight > 0, mode="reduce-overhead")
+    assert {(options["fullgraph"], options["mode"]) for options in asked} == {
+        (entropy_weight > 0, "reduce-overhead")
+    }

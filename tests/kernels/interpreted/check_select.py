@@ -187,3 +187,18 @@ def test_what_is_read_beyond_the_last_part_belongs_to_no_group(monkeypatch):
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, **more: empty(*shape, **more).zero_())
     assert torch.equal(select_members(*inputs, **options, tokens=64, tile=16, part=16), expected)
+
+
+def test_a_product_may_begin_with_the_last_part_of_all():
+    """Nine parts, two a product, fill what there is room for: the tenth must be one to spare."""
+    inputs, options = uneven_case(sizes=[[17, 1]], windows=3, spare=0)
+    chosen = select_members(*inputs, **options, tokens=64, tile=16, part=16)
+    assert torch.equal(chosen, reference_choice(*inputs, **options))
+
+
+def test_full_groups_that_end_with_the_members_are_not_read_beyond_them():
+    """Nine groups, two a product, and no member of a tenth: they are copied to where there is room."""
+    (q, position, slot, offset, size), options = members_case(**MEMBERS["side-by-side-odd"] | {"length": 200})
+    inputs = q, position, slot[:, : 9 * 16], offset[:, :9], size[:, :9]
+    expected = reference.select_members(*inputs, **options)
+    assert torch.equal(select_members(*inputs, **options, tokens=16, tile=16), expected)
