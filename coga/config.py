@@ -126,7 +126,7 @@ class CoGAConfig:
     alpha_warmup: int = 0
     gain_init: float = 2.0
     sink: bool = True
-    output_gate: bool = True
+    output_gate: bool = False
 
     grouping: str | tuple[str, ...] = "gumbel"
     open_groups: int | tuple[int, ...] | None = None
@@ -346,10 +346,11 @@ class CoGAConfig:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # Trains on two CPU cores in minutes: 0.2M parameters. There, scoring every member would take longest.
+    # Trains on two CPU cores in minutes: 0.2M parameters. There, scoring every member would take longest, and
+    # the gate, which slows larger models down in learning to copy, is worth 0.2 bits (docs/findings.md).
     "tiny": dict(
         n_layer=3, n_head=2, d_model=64, latent_dim=32, rope_dim=16, window=128, band=32,
-        layers="near 16 32", open_groups=4, selection="summary",
+        layers="near 16 32", open_groups=4, selection="summary", output_gate=True,
     ),
     # About 10M parameters, bytes.
     "small": dict(n_layer=6, n_head=8, d_model=384, latent_dim=64, rope_dim=32),

@@ -46,15 +46,18 @@ PARTS_LENGTH = 32768
 FIXED = dict(
     latent_dim=64, rope_dim=32, window=512, layers="32", open_groups=16, capacity_factor=1.0,
     refine_groups=True, reciprocal_groups=True, selection="summary", summaries=True, index_weight=0.0,
+    output_gate=True,
 )  # fmt: skip
 LETTERS = {"C": "latent_dim", "P": "rope_dim", "W": "window", "R": "layers", "K": "open_groups",
            "refine": "refine_groups", "steps": "refine_steps", "members": "selection",
-           "index": "index_weight", "summaries": "summaries", "cap": "capacity_factor"}  # fmt: skip
+           "index": "index_weight", "summaries": "summaries", "cap": "capacity_factor",
+           "gate": "output_gate"}  # fmt: skip
 CHOICES = {  # by number, 0 or 1
     "refine_groups": (False, True),
     "selection": ("summary", "members"),
     "index_weight": (0.0, CoGAConfig.index_weight),
     "summaries": (False, True),
+    "output_gate": (False, True),
 }
 
 

@@ -165,7 +165,7 @@ def test_flops_of_a_case_counted_by_hand():
     config = CoGAConfig(
         vocab_size=10, n_layer=1, n_head=2, d_model=4, mlp_ratio=2.0, layers="2", latent_dim=3, rope_dim=2,
         window=4, band=3, open_groups=1, refine_steps=1, grouping="gumbel",
-        refine_groups=True, reciprocal_groups=True, selection="summary",
+        refine_groups=True, reciprocal_groups=True, selection="summary", output_gate=True,
     )  # fmt: skip
     query, latent, up, out_and_gate = 2 * 4 * 2 * 5, 2 * 4 * 5, 2 * 4 * 3, 2 * 2 * 16
     mlp, head = 2 * 2 * 4 * 8, 2 * 4 * 10
@@ -181,6 +181,8 @@ def test_flops_of_a_case_counted_by_hand():
     assert found["reads"] == key * (near + far) + band + among
     assert found["grouping"] == similarities + 2 * 2 * (5 + 4)
     assert found["choices"] == 2 * 5 * (0 + 0 + 2 + 4) / 4
+    ungated = _flops.flops(config.replace(output_gate=False), 16)
+    assert ungated["matrices"] == found["matrices"] - 2 * 16
     calm = config.replace(hysteresis=1.0, slow_prototypes=True)
     assert _flops.flops(calm, 16)["choices"] == similarities + found["choices"]
     assert _flops.forward_flops(config, 16) == pytest.approx(sum(found.values()))

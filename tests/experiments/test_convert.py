@@ -21,7 +21,7 @@ SCRIPT = convert
 
 SMALL = dict(
     n_layer=2, n_head=2, d_model=16, latent_dim=8, rope_dim=4, window=16, band=8, layers="full", max_len=512,
-    refine_groups=True, reciprocal_groups=True,
+    refine_groups=True, reciprocal_groups=True, output_gate=True,
 )  # fmt: skip
 TINY = [
     "--n", "96", "--window", "16", "--contexts", "2", "--batch", "2", "--group-sizes", "4,8",

@@ -25,7 +25,7 @@ import inspect_groups  # noqa: E402
 
 CONFIG = CoGAConfig(
     n_layer=4, n_head=2, d_model=16, latent_dim=12, rope_dim=4, window=(32, 32, 64, 32), band=8,
-    layers="near 8 16 full", open_groups=2, capacity_factor=1.5,
+    layers="near 8 16 full", open_groups=2, capacity_factor=1.5, output_gate=True,
 )  # fmt: skip
 SOURCE = Path(_inspect.__file__).read_bytes()
 

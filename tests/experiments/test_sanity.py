@@ -21,6 +21,7 @@ SCRIPT = sanity
 SMALL = dict(
     n_layer=3, n_head=2, d_model=24, latent_dim=10, rope_dim=4, window=16, band=8, layers="near 4 mha",
     open_groups=2, max_len=256, refine_groups=True, reciprocal_groups=True,
+    output_gate=True,
 )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ def gpu_model(train: bool = True, seed: int = 0, **changes) -> CoGAGPT:
         n_layer=3, n_head=3, d_model=48, latent_dim=32, rope_dim=16, window=W, band=20, open_groups=3,
         layers="near 8 16", mlp_ratio=2.0, max_len=1024, noise=1.0, backend="triton",
         refine_groups=True, reciprocal_groups=True, coherence_weight=0.01, revive=0.1,
-        selection="summary", summaries=True, slow_prototypes=True,
+        selection="summary", summaries=True, slow_prototypes=True, output_gate=True,
     )  # fmt: skip
     model = perturb(CoGAGPT(CoGAConfig(**{**values, **changes})), seed)
     return model.cuda().train(train)
