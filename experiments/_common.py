@@ -8,7 +8,7 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,9 +23,11 @@ __all__ = [
     "choose_device",
     "environment",
     "fail",
+    "fresh_folder",
     "holds_run",
     "machine_line",
     "make_folder",
+    "names_of",
     "peak_memory",
     "precision",
     "read_json",
@@ -55,6 +57,17 @@ def fail(message: object, code: int = 2) -> int:
     line = " ".join(str(message).split())
     print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
     return code
+
+
+def names_of(text: str, field: str, known: Collection[str]) -> list[str]:
+    """Names separated by commas. ValueError: an unknown one, or one twice."""
+    found = [name.strip() for name in text.split(",")]
+    for name in found:
+        if name not in known:
+            raise ValueError(f"{field}={name!r}: must be one of {', '.join(known)}")
+        if found.count(name) > 1:
+            raise ValueError(f"{field}={text!r}: names {name} twice")
+    return found
 
 
 # --- device ------------------------------------------------------------------------------------------------
@@ -151,6 +164,13 @@ def make_folder(folder: Path, name: str = "out") -> None:
             one.rmdir()
         rule = f"must be a folder that can be written to ({error})"
         raise ValueError(f"{name}={str(folder)!r}: {rule}") from error
+
+
+def fresh_folder(folder: Path, file: str, name: str = "out") -> None:
+    """`make_folder`, and ValueError where the file is there already: results are not written over."""
+    if (folder / file).exists():
+        raise ValueError(f"{name}={str(folder)!r}: already holds {file}; use another --{name}")
+    make_folder(folder, name)
 
 
 def replace_with(path: Path, write: Callable[[Path], object]) -> None:

@@ -9,7 +9,8 @@ tokens. The time of the same calls launched one by one stands beside it (`launch
 
 Before anything is timed, the attention op is compared with the float32 reference at a length the reference
 can afford, its error relative to that of plain PyTorch in the same dtype: where that check is red, no speed
-is printed. Rows go to DIR/attention_speed.json, those of --parts to DIR/attention_parts.json.
+is printed. Rows go to DIR/attention_speed.json, those of --parts to DIR/attention_parts.json; a folder that
+has rows is refused. Exit codes: 0 done, 1 a check is red, 2 bad input.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ from pathlib import Path
 
 import torch
 import triton
+from _arms import parse_integers
+from _common import StrictParser, fail, fresh_folder, write_text
 from _gpu_time import median_ms, recorded, roofs
+from _script import at_least
 from _speed_parts import PARTS_HEAD, measure_parts, part_line, parts
 from _speed_plot import dense_times, plot_speed
 from einops import rearrange
@@ -42,6 +46,7 @@ from coga.models.context import CallContext
 from coga.models.mha import MultiHeadAttention
 
 DIM, HEADS = 768, 12
+ROWS = "attention_speed.json"
 PARTS_LENGTH = 32768
 FIXED = dict(
     latent_dim=64, rope_dim=32, window=512, layers="32", open_groups=16, capacity_factor=1.0,
@@ -365,7 +370,7 @@ def parts_of(name: str, setting: dict, dtype: torch.dtype, tokens: int, repeats:
 
 
 def report_only(folder: Path) -> int:
-    path = folder / "attention_speed.json"
+    path = folder / ROWS
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         wanted = {"implementation", "setting", "length", "pass", "ms", "launched_ms", "peak_mib"}
@@ -373,13 +378,12 @@ def report_only(folder: Path) -> int:
             raise ValueError("not the rows of this benchmark")
         report(rows, folder)
     except (OSError, ValueError) as error:
-        print(f"bench_attention: out={str(folder)!r}: no readable {path.name} ({error})", file=sys.stderr)
-        return 2
+        return fail(f"out={str(folder)!r}: no readable {path.name} ({error})")
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = StrictParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", default="4096,8192,16384,32768,65536,131072")
     parser.add_argument("--settings", default="fixed", help="fixed, full, near, or changes: R64-K8,W256,C128")
     parser.add_argument("--tokens", type=int, default=65536, help="tokens a batch (a longer length: one row)")
@@ -394,32 +398,40 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     parser.add_argument("--report-only", action="store_true", help="table and picture of the rows in DIR")
-    args = parser.parse_args(argv)
-    if args.report_only:
-        return report_only(args.out)
-    try:
-        settings = {name: setting_of(name) for name in args.settings.split(",")}
-        divided = [name for name in args.parts.split(",") if name]
-        for name in divided:
-            if name not in settings or name in ("full", "near"):
-                raise ValueError(f"parts={name!r}: must be one of settings, and have groups")
-    except ValueError as error:
-        print(f"bench_attention: {error}", file=sys.stderr)
-        return 2
+    return parser.parse_args(argv)
+
+
+def check_arguments(args: argparse.Namespace) -> tuple[list[int], dict[str, dict], list[str]]:
+    """Lengths, settings by name, and which of them to time part by part. ValueError: field, value, rule."""
+    at_least(args, 1, "tokens", "repeats")
+    lengths = parse_integers(args.lengths, "lengths", 1)
+    settings = {name: setting_of(name) for name in args.settings.split(",")}
+    divided = [name for name in args.parts.split(",") if name]
+    for name in divided:
+        if name not in settings or name in ("full", "near"):
+            raise ValueError(f"parts={name!r}: must be one of settings, and have groups")
     if not torch.cuda.is_available():
-        print("bench_attention: device: needs a CUDA GPU", file=sys.stderr)
-        return 2
+        raise ValueError("device: needs a CUDA GPU")
+    fresh_folder(args.out, ROWS)
+    return lengths, settings, divided
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        args = arguments(argv)
+        if args.report_only:
+            return report_only(args.out)
+        lengths, settings, divided = check_arguments(args)
+    except ValueError as error:
+        return fail(error)
     print(vars(args) | {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}, flush=True)
     dtype = getattr(torch, args.dtype)
-    lengths = [int(x) for x in args.lengths.split(",")]
 
     def tokens(length: int) -> int:
         return max(args.tokens, length)
 
-    args.out.mkdir(parents=True, exist_ok=True)
-
     def save() -> None:
-        (args.out / "attention_speed.json").write_text(json.dumps(rows, indent=1) + "\n")
+        write_text(args.out / ROWS, json.dumps(rows, indent=1) + "\n")
 
     rows = dense_rows(lengths, tokens, args.repeats, dtype, args.peers)
     if args.peers:
@@ -441,7 +453,7 @@ def main(argv: list[str] | None = None) -> int:
             with attempt(f"parts {name}"):
                 for one in parts_of(name, setting, dtype, args.tokens, args.repeats):
                     timed.append(one)
-                    (args.out / "attention_parts.json").write_text(json.dumps(timed, indent=1) + "\n")
+                    write_text(args.out / "attention_parts.json", json.dumps(timed, indent=1) + "\n")
             torch.compiler.reset()
             print(HEAD)
         for length in lengths:

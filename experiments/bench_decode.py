@@ -16,12 +16,11 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from _arms import parse_integers
-from _common import make_folder, write_text
+from _common import fresh_folder, names_of, write_text
 from _script import at_least, run_script
 from bench_attention import attempt, row
 from tqdm import tqdm
@@ -79,27 +78,16 @@ def time_steps(decoder: GraphedDecoder, token_B: torch.Tensor, steps: int) -> li
     return taken
 
 
-def names(args: argparse.Namespace, field: str, known: Collection[str]) -> list[str]:
-    """Names separated by commas. ValueError: an unknown one, or one twice."""
-    found = [name.strip() for name in getattr(args, field).split(",")]
-    for name in found:
-        if name not in known:
-            raise ValueError(f"{field}={name!r}: must be one of {', '.join(known)}")
-        if found.count(name) > 1:
-            raise ValueError(f"{field}={getattr(args, field)!r}: names {name} twice")
-    return found
-
-
 def check(args: argparse.Namespace) -> list[int]:
     at_least(args, 1, "steps", "layers")
     at_least(args, 0, "seed")
     lengths = parse_integers(args.lengths, "lengths", 1)
     if min(lengths) <= args.steps // 2:
         raise ValueError(f"lengths={min(lengths)}: must be above half of steps={args.steps}")
-    args.arms, args.modes = (names(args, field, known) for field, known in (("arms", ARMS), ("modes", MODES)))
+    args.arms, args.modes = names_of(args.arms, "arms", ARMS), names_of(args.modes, "modes", MODES)
     if not torch.cuda.is_available():
         raise ValueError("device: needs a CUDA GPU")
-    make_folder(args.out)
+    fresh_folder(args.out, "decode_speed.json")
     return lengths
 
 

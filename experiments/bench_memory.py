@@ -19,7 +19,8 @@ import sys
 from pathlib import Path
 
 import torch
-from _common import StrictParser, choose_device, environment, fail, make_folder, write_json
+from _arms import parse_integers
+from _common import StrictParser, choose_device, environment, fail, fresh_folder, write_json
 
 from coga import CoGAConfig
 from coga.config import PRESETS
@@ -64,10 +65,7 @@ def checked(argv: list[str] | None) -> tuple[argparse.Namespace, list[int]]:
     parser.add_argument("--out", type=Path, default=Path("runs/memory"), metavar="DIR", help="(runs/memory)")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    try:
-        lengths = [int(x) for x in args.lengths.split(",")]
-    except ValueError as error:
-        raise ValueError(f"lengths={args.lengths!r}: must be integers separated by commas") from error
+    lengths = parse_integers(args.lengths, "lengths")
     if args.preset not in PRESETS:
         raise ValueError(f"preset={args.preset!r}: must be one of {', '.join(PRESETS)}")
     limit = CoGAConfig.preset(args.preset).max_len
@@ -83,9 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.one is not None:
             print(measure(args.one, args.preset, args.device))
             return 0
-        if (args.out / "memory.json").exists():
-            raise ValueError(f"out={str(args.out)!r}: already holds memory.json; use another --out")
-        make_folder(args.out)
+        fresh_folder(args.out, "memory.json")
     except ValueError as error:
         return fail(error)
     print(f"preset {args.preset}, device {args.device}, torch {torch.__version__}", flush=True)

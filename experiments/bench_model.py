@@ -6,7 +6,7 @@ A step is forward with fused loss, backward and AdamW, bf16 autocast, compiled b
 a CUDA graph (`coga.models.train_graph`); tokens/s from the median step, and from the median of steps launched
 kernel by kernel. Before anything is timed, the losses of a few steps with the default backend are compared
 with the reference backend's: where they differ by more than bf16 noise, no speed is printed. Rows go to
-DIR/model_speed.json.
+DIR/model_speed.json; a folder that has rows is refused. Exit codes: 0 done, 1 the check is red, 2 bad input.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import sys
 from pathlib import Path
 
 import torch
+from _common import StrictParser, fail, fresh_folder, names_of, write_text
 from _gpu_time import median_ms
+from _script import at_least
 from bench_attention import attempt, row
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -26,6 +28,7 @@ from coga import CoGAConfig
 from coga.models import CoGAGPT
 from coga.models.train_graph import GraphedStep
 
+ROWS = "model_speed.json"
 ARMS = {
     "coga": dict(layers="near 32 32 32", latent_dim=64),
     "coga-full": dict(layers="full", latent_dim=64),
@@ -63,26 +66,42 @@ def losses_agree(config: CoGAConfig, steps: int = 4, length: int = 4096) -> bool
     return gap < 0.05
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = StrictParser(description=__doc__.splitlines()[0])
     parser.add_argument("--n", type=int, default=32768)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--arms", default="sdpa-mha,coga,coga-full")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def check_arguments(args: argparse.Namespace) -> list[str]:
+    """Names of arms. ValueError: field, value, rule."""
+    at_least(args, 1, "n", "batch", "repeats")
+    names = names_of(args.arms, "arms", ARMS)
     if not torch.cuda.is_available():
-        print("bench_model: device: needs a CUDA GPU", file=sys.stderr)
-        return 2
+        raise ValueError("device: needs a CUDA GPU")
+    fresh_folder(args.out, ROWS)
+    return names
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        args = arguments(argv)
+        names = check_arguments(args)
+    except ValueError as error:
+        return fail(error)
     print(vars(args) | {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}, flush=True)
     base = CoGAConfig.preset("gpt2")
+    base = base.replace(max_len=max(base.max_len, args.n))
     if not losses_agree(base.replace(n_layer=4, **ARMS["coga"])):
         print("bench_model: the check is red, no speed is reported", file=sys.stderr)
         return 1
     rows, rates = [], {}
     tokens = torch.randint(base.vocab_size, (args.batch, args.n + 1), device="cuda")
-    for name in args.arms.split(","):
+    for name in names:
         backends = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION) if "sdpa" in name else (None,)
         for backend in backends:
             label = name if backend is None else f"{name}-{backend.name.split('_')[0].lower()}"
@@ -99,8 +118,7 @@ def main() -> int:
                 rates[label] = args.batch * args.n / ms * 1e3
                 found = row(label, ARMS[name]["layers"], args.n, args.batch, "train step", ms, peak, launched)
                 rows.append(found | {"tokens_per_s": round(rates[label]), "parameters": size})
-                args.out.mkdir(parents=True, exist_ok=True)
-                (args.out / "model_speed.json").write_text(json.dumps(rows, indent=1) + "\n")
+                write_text(args.out / ROWS, json.dumps(rows, indent=1) + "\n")
                 print(
                     f"{label:16s}{ms:9.1f} ms ({launched:.1f} launched) {rates[label]:10.0f} tokens/s "
                     f"{peak:8.0f} MiB {size / 1e6:.0f}M"

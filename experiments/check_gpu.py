@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from _common import StrictParser, fail, make_folder
+from _common import StrictParser, fail, fresh_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = ("4096,8192,16384", "32768,65536,131072")  # two processes: more only compile side by side
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         if not torch.cuda.is_available():
             raise ValueError("device: needs a CUDA GPU")
         out = args.out.resolve()
-        make_folder(out)
+        fresh_folder(out, f"{next(iter(STEPS))}.log")
     except ValueError as error:
         return fail(error)
     print(

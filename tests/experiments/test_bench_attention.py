@@ -14,6 +14,32 @@ import bench_attention
 from _flops import layer_flops
 from _speed_parts import Part, measure_parts, part_line, parts
 
+SCRIPT = bench_attention
+
+BAD = {
+    "text": (["--lengths", "256,x"], "lengths='256,x'"),
+    "zero": (["--lengths", "0"], "lengths=0"),
+    "twice": (["--lengths", "256,256"], "lengths='256,256'"),
+    "repeats": (["--repeats", "0"], "repeats=0"),
+    "tokens": (["--tokens", "-1"], "tokens=-1"),
+    "parts": (["--parts", "R64"], "parts='R64'"),
+    "dtype": (["--dtype", "float64"], "float64"),
+    "unknown": (["--lenghts", "256"], "lenghts"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_writes_nothing(name, refused_and_nothing_written):
+    arguments, expected = BAD[name]
+    assert expected in refused_and_nothing_written(arguments)
+
+
+def test_rows_are_not_written_over(tmp_path, refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (tmp_path / "attention_speed.json").write_text("mine")
+    assert "already holds attention_speed.json" in refused(["--out", str(tmp_path)])
+    assert (tmp_path / "attention_speed.json").read_text() == "mine"
+
 
 def test_report_only_compares_with_the_dense_rows_of_the_same_run(tmp_path, capsys):
     rows = [
@@ -30,12 +56,10 @@ def test_report_only_compares_with_the_dense_rows_of_the_same_run(tmp_path, caps
 
 
 @pytest.mark.parametrize("text", [None, "", "{}", "[1]", '[{"ms": 1}]'])
-def test_report_only_refuses_what_are_no_rows(text, tmp_path, capsys):
+def test_report_only_refuses_what_are_no_rows(text, tmp_path, refused):
     if text is not None:
         (tmp_path / "attention_speed.json").write_text(text)
-    assert bench_attention.main(["--report-only", "--out", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("bench_attention: out=") and len(error.splitlines()) == 1
+    assert "error: out=" in refused(["--report-only", "--out", str(tmp_path)])
     assert not (tmp_path / "attention_speed.png").exists()
 
 
@@ -48,15 +72,19 @@ def test_settings_are_named_by_what_differs():
     assert bench_attention.setting_of("R64-K5-refine0-steps2") == fixed | plain
     assert bench_attention.setting_of("K4-members1") == fixed | dict(open_groups=4, selection="members")
     assert bench_attention.setting_of("near") == fixed | dict(layers="near")
+    assert fixed["output_gate"] and bench_attention.setting_of("gate0") == fixed | dict(output_gate=False)
+    gates = [
+        bench_attention.module_of(setting)[0].projections.gate
+        for setting in (fixed, fixed | dict(output_gate=False))
+    ]
+    assert gates[0] is not None and gates[1] is None
 
 
 @pytest.mark.parametrize(
-    "name", ["fast", "R64-", "R64-R32", "Q8", "R48", "K-1", "W16", "P3", "refine2", "members2", ""]
+    "name", ["fast", "R64-", "R64-R32", "Q8", "R48", "K-1", "W16", "P3", "refine2", "members2", "gate2", ""]
 )
-def test_settings_that_cannot_be(name, tmp_path, capsys):
-    assert bench_attention.main(["--settings", name, "--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("bench_attention: ") and len(error.splitlines()) == 1
+def test_settings_that_cannot_be(name, tmp_path, refused):
+    assert "needs a CUDA GPU" not in refused(["--settings", name, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
@@ -129,11 +157,7 @@ def test_a_sum_is_of_all_parts_or_is_not_there():
 
 
 @pytest.mark.parametrize("name", ["R64-K4", "near"])
-def test_parts_of_what_is_not_timed(name, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert bench_attention.main(["--settings", "fixed,near", "--parts", name, "--out", str(out)]) == 2
-    assert (
-        capsys.readouterr().err
-        == f"bench_attention: parts={name!r}: must be one of settings, and have groups\n"
-    )
-    assert not out.exists()
+def test_parts_of_what_is_not_timed(name, tmp_path, refused):
+    error = refused(["--settings", "fixed,near", "--parts", name, "--out", str(tmp_path / "out")])
+    assert f"parts={name!r}: must be one of settings, and have groups" in error
+    assert not (tmp_path / "out").exists()

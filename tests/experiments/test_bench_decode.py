@@ -97,3 +97,9 @@ def test_a_file_in_the_way_is_one_line(gpu, tmp_path, refused):
     (tmp_path / "file").write_text("mine")
     assert "out=" in refused([*SMALL, "--out", str(tmp_path / "file")])
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_rows_are_not_written_over(gpu, tmp_path, refused):
+    (tmp_path / "decode_speed.json").write_text("mine")
+    assert "already holds decode_speed.json" in refused([*SMALL, "--out", str(tmp_path)])
+    assert (tmp_path / "decode_speed.json").read_text() == "mine"

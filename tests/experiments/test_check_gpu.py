@@ -18,7 +18,9 @@ def test_bad_input_is_one_line(tmp_path, refused, monkeypatch):
 
 
 @pytest.mark.parametrize("failing", [False, True])
-def test_steps_run_in_order_and_an_endless_one_is_interrupted(failing, tmp_path, monkeypatch, capsys):
+def test_steps_run_in_order_and_an_endless_one_is_interrupted(
+    failing, tmp_path, refused, monkeypatch, capsys
+):
     """The tests begin beside the warm-up; what comes after them waits until it has ended."""
     mark = tmp_path / "warm"
     wait = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('told')"
@@ -35,7 +37,9 @@ def test_steps_run_in_order_and_an_endless_one_is_interrupted(failing, tmp_path,
     monkeypatch.setattr(check_gpu, "WARM", [warm])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    assert check_gpu.main(["--minutes", "0.4", "--out", str(tmp_path / "run")]) == int(failing)
+    arguments = ["--minutes", "0.4", "--out", str(tmp_path / "run")]
+    assert check_gpu.main(arguments) == int(failing)
     said = capsys.readouterr().out
     assert said.index("short") < said.index("timed") < said.index("endless")
     assert ("told" in said and "FAILED (124)" in said) == failing
+    assert "already holds tests.log" in refused(arguments)
