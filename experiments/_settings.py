@@ -222,8 +222,11 @@ def model_config(settings: Settings, vocab_size: int = 0) -> CoGAConfig:
     return config
 
 
-def stored(values: Any, given: dict[str, Any]) -> Settings:
-    """Settings of a run to go on with; ValueError where what was asked for differs."""
+def stored(values: Any, given: dict[str, Any], model: Any = None) -> Settings:
+    """Settings of a run to go on with; ValueError where what was asked for differs.
+
+    model  what config.json says of its model: a default that has changed since is the run's own setting now
+    """
     fields = dataclasses.fields(Settings)
     later = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
     values = {**later, **values} if isinstance(values, dict) else values
@@ -234,6 +237,13 @@ def stored(values: Any, given: dict[str, Any]) -> Settings:
         if same is False or (same is None and values[name] != value):
             raise ValueError(f"{name}={value!r}: the run to resume has {values[name]!r}; leave it out")
     try:
-        return check(Settings(**values))
+        settings = check(Settings(**values))
     except TypeError as error:
         raise ValueError(f"config.json: a setting has the wrong type ({error})") from error
+    if model is None:
+        return settings
+    begun = CoGAConfig.from_json(json.dumps(model))
+    now = model_config(settings, begun.vocab_size if settings.tokenizer else 0)
+    names = [field.name for field in dataclasses.fields(CoGAConfig)]
+    own = {name: getattr(begun, name) for name in names if getattr(begun, name) != getattr(now, name)}
+    return dataclasses.replace(settings, model={**settings.model, **own})

@@ -31,6 +31,7 @@ from coga.models.train_graph import GraphedStep
 ROWS = "model_speed.json"
 ARMS = {
     "coga": dict(layers="near 32 32 32", latent_dim=64),
+    "coga-gated": dict(layers="near 32 32 32", latent_dim=64, output_gate=True),  # rows before 2026-11-27
     "coga-full": dict(layers="full", latent_dim=64),
     "sdpa-mha": dict(layers="mha"),
 }

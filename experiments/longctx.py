@@ -75,7 +75,8 @@ def _prepare(argv: list[str] | None) -> tuple[Settings, Any, Path, bool]:
                 raise ValueError(f"out={str(place)!r}: {rule}")
         return settings, rest, folder, False
     content = read_json(folder / "config.json")
-    settings = stored(content.get("settings") if isinstance(content, dict) else None, given)
+    content = content if isinstance(content, dict) else {}
+    settings = stored(content.get("settings"), given, content.get("model"))
     return settings, rest, folder, True
 
 
@@ -183,7 +184,7 @@ def _same_run(folder: Path, settings: Settings, corpus: Corpus) -> None:
     content = read_json(folder / "config.json")
     try:
         theirs = content["corpus"]["sha256"]
-        settled = stored(content["settings"], {}) == settings
+        settled = stored(content["settings"], {}, content.get("model")) == settings
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'}: holds no settings of a longctx run") from error
     if not settled:

@@ -9,6 +9,7 @@ import re
 import pytest
 
 from coga import CoGAConfig
+from coga.config import PRESETS
 from coga.models import CoGAGPT
 
 BAD = [
@@ -90,6 +91,12 @@ def test_groups_without_summaries_must_be_opened_by_members(changes, rule):
     CoGAConfig(layers="near full", summaries=False, open_groups=0)  # no groups, nothing to open
     CoGAConfig(layers="32", summaries=False, coherence_weight=0.0, freeze_step=0)
     CoGAConfig(layers="32", summaries=False, coherence_weight=0.0, grouping="contiguous")
+
+
+def test_the_gate_is_for_tiny_models():
+    """Found by measurement (docs/findings.md): whoever changes it back should look there."""
+    gates = {name: CoGAConfig.preset(name).output_gate for name in PRESETS}
+    assert gates == {"tiny": True, "small": False, "gpt2": False} and not CoGAConfig().output_gate
 
 
 def test_summaries_are_read_where_something_needs_them():

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from coga import CoGAConfig
+from coga.config import PRESETS
 from coga.data import contexts, load_corpus
 from coga.models import CoGAGPT
 
@@ -45,6 +46,13 @@ def unbroken(text, tmp_path_factory) -> Path:
 def from_dense(text, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "from-dense"
     assert longctx.main([*TINY, "--dense-warmup", "--data", text, "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_arms(text, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "two-arms"
+    assert longctx.main([*TINY, "--compare", "near,gumbel", "--data", text, "--out", str(folder)]) == 0
     return folder
 
 
@@ -220,13 +228,8 @@ def test_a_run_from_before_the_option_goes_on(unbroken, tmp_path):
 # --- killed and resumed ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("run", "at"), [("unbroken", 1), ("unbroken", 3), ("unbroken", 5), ("from_dense", 3), ("from_dense", 4)]
-)
-def test_killed_between_metrics_and_checkpoint(run, at, text, tmp_path, monkeypatch, request):
+def killed_after(step: int, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A kill leaves a line of metrics more than the checkpoint has, and half of another."""
-    whole = request.getfixturevalue(run)
-    more = ["--dense-warmup"] if run == "from_dense" else []
 
     class Killed(Exception):
         pass
@@ -234,23 +237,45 @@ def test_killed_between_metrics_and_checkpoint(run, at, text, tmp_path, monkeypa
     save = _train.Trainer.save
 
     def save_or_die(self):
-        if self.step > at:
+        if self.step > step:
             with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write('{"step": 7, "los')
             (self.folder / "checkpoint.tmp").mkdir()
             raise Killed
         save(self)
 
+    with monkeypatch.context() as patch:
+        patch.setattr(_train.Trainer, "save", save_or_die)
+        with pytest.raises(Killed):
+            longctx.main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("run", "at"), [("unbroken", 1), ("unbroken", 3), ("unbroken", 5), ("from_dense", 3), ("from_dense", 4)]
+)
+def test_killed_between_metrics_and_checkpoint(run, at, text, tmp_path, monkeypatch, request):
+    whole = request.getfixturevalue(run)
+    more = ["--dense-warmup"] if run == "from_dense" else []
     folder = tmp_path / "run"
-    monkeypatch.setattr(_train.Trainer, "save", save_or_die)
-    with pytest.raises(Killed):
-        longctx.main([*TINY, *more, "--data", text, "--out", str(folder)])
-    monkeypatch.setattr(_train.Trainer, "save", save)
+    killed_after(at, [*TINY, *more, "--data", text, "--out", str(folder)], monkeypatch)
     assert longctx.main(["--resume", "--out", str(folder), "--save-every", "0"]) == 0
     assert metrics(folder) == metrics(whole)
     assert weights(folder) == weights(whole)
     assert figures(folder) == figures(whole)
     assert (folder / "sample.txt").read_text() == (whole / "sample.txt").read_text()
+
+
+@pytest.mark.parametrize("arms", ["", "near,gumbel"])
+@pytest.mark.parametrize("at", [0, 3])
+def test_a_run_keeps_the_defaults_it_began_with(at, arms, unbroken, two_arms, text, tmp_path, monkeypatch):
+    """Before its first checkpoint, and after one: other defaults would change every figure in silence."""
+    folder = tmp_path / "run"
+    more = ["--compare", arms] if arms else []
+    killed_after(at, [*TINY, *more, "--data", text, "--out", str(folder)], monkeypatch)
+    monkeypatch.setitem(PRESETS, "tiny", PRESETS["tiny"] | {"output_gate": False, "gain_init": 3.0})
+    assert longctx.main(["--resume", "--out", str(folder), "--save-every", "0"]) == 0
+    for name in arms.split(","):
+        assert metrics(folder / name) == metrics((two_arms if arms else unbroken) / name), name
 
 
 def test_killed_between_the_two_renames(unbroken, text, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
-"""Whether a kernel in Triton's interpreter stays inside the tensors it is given.
+"""Whether a kernel in Triton's interpreter stays inside the tensors it is given, and writes a place once.
 
-A read beyond a tensor gives whatever lies there, and the result is often right all the same.
+A read beyond a tensor gives whatever lies there, and of two values for one place a GPU keeps either: the
+result is often right all the same.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 from torch import Tensor
 
@@ -20,7 +22,8 @@ def _extent(x: Tensor) -> tuple[int, int]:
 
 @contextmanager
 def addresses_checked() -> Iterator[None]:
-    """Every load and store lies, where its mask is true, within one of the tensors of its launch."""
+    """Where its mask is true a load or store lies in one of the tensors of its launch, and a store has no two
+    values for one place."""
     from triton.runtime import interpreter
 
     extents: list[tuple[int, int]] = []
@@ -38,13 +41,15 @@ def addresses_checked() -> Iterator[None]:
             end = last + ptrs.get_element_ty().primitive_bitwidth // 8
             inside = any(low <= begin and end <= high for low, high in extents)
             assert inside, f"{name} of bytes {begin} to {end}: in none of the tensors {extents}"
+        return address
 
     def checked_load(self, ptrs, mask, *more, **named):
         check("load", ptrs, mask)
         return load(self, ptrs, mask, *more, **named)
 
     def checked_store(self, ptrs, value, mask, *more, **named):
-        check("store", ptrs, mask)
+        address = check("store", ptrs, mask)
+        assert len(np.unique(address)) == address.size, "store: two values for one place"
         return store(self, ptrs, value, mask, *more, **named)
 
     with pytest.MonkeyPatch.context() as patch:

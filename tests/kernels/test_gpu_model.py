@@ -112,7 +112,8 @@ def test_the_kernels_give_the_logits_and_gradients_of_the_reference(layers, sele
 @pytest.mark.parametrize("selection", READINGS)
 @pytest.mark.parametrize("layers", ["near 8 16", "8 full", "mha 8"])
 def test_decode_equals_the_full_forward(layers, selection):
-    model = gpu_model(train=False, **read_by(dict(layers=layers, selection=selection)))
+    gate = layers == "8 full"
+    model = gpu_model(train=False, output_gate=gate, **read_by(dict(layers=layers, selection=selection)))
     row = real_bytes(2, LENGTH, seed=3).cuda()
     with torch.no_grad():
         full = model(row).logits
@@ -127,7 +128,7 @@ def test_decode_equals_the_full_forward(layers, selection):
 @pytest.mark.parametrize("compiled", [False, True], ids=["launched", "compiled"])
 @pytest.mark.parametrize("selection", READINGS)
 def test_a_captured_decode_step_equals_the_eager_one(selection, compiled):
-    model = gpu_model(train=False, **read_by(dict(selection=selection)))
+    model = gpu_model(train=False, output_gate=not compiled, **read_by(dict(selection=selection)))
     row = real_bytes(2, LENGTH, seed=5).cuda()
     eager, graphed = (model.new_state(2, max_len=LENGTH + 1) for _ in range(2))
     for state in (eager, graphed):
@@ -162,9 +163,9 @@ def test_one_graph_and_no_recompilation():
 
 
 def test_compiled_blocks_train_like_eager_ones():
-    """Regional compilation through Inductor, with checkpointing on and off."""
+    """Regional compilation through Inductor, with checkpointing and the gate on and off."""
     for on in (False, True):
-        models = [gpu_model(n_layer=4, layers="near 8") for _ in range(2)]
+        models = [gpu_model(n_layer=4, layers="near 8", output_gate=on) for _ in range(2)]
         models[1].compile_blocks()
         row, losses = real_bytes(2, LENGTH).cuda(), []
         for model in models:
@@ -183,7 +184,7 @@ def test_a_recorded_training_step_equals_the_launched_one(compiled):
     """Losses and weights of 8 steps with a learning rate that changes: replayed, and kernel by kernel."""
     found = []
     for graphed in (True, False):
-        model = gpu_model(layers="near 8 mha")
+        model = gpu_model(layers="near 8 mha", output_gate=not compiled)
         if compiled:
             model.compile_blocks()
         rate = torch.tensor(1e-3, device="cuda")

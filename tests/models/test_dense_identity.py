@@ -39,6 +39,7 @@ OPENED = pairwise(
         band=(7, 16, 0),
         capacity_factor=(1.0, 1.5, 3.0),
         refine_groups=(True, False),
+        output_gate=(True, False),
     )
 )
 

@@ -43,6 +43,7 @@ CASES = pairwise(
         hysteresis=(0.0, 0.5),
         far_warmup=(0, 3),
         selection=READINGS,
+        output_gate=(True, False),
     )
 )
 # Pairs of values leave triples open: every grouping by every reading, in training and in evaluation.
@@ -51,7 +52,7 @@ TRIPLES = set(itertools.product(GROUPINGS, READINGS, (True, False)))
 LEFT = sorted(TRIPLES - {tuple(case[name] for name in MODES) for case in CASES})
 CASES += [
     dict(layers="8 4 16", length=LONGEST, tokens="bytes", dtype=torch.float64, open_groups=2)
-    | dict(capacity_factor=1.5, refine_groups=True, hysteresis=0.0, far_warmup=0)
+    | dict(output_gate=False, capacity_factor=1.5, refine_groups=True, hysteresis=0.0, far_warmup=0)
     | dict(zip(MODES, triple, strict=True))
     for triple in LEFT
 ]

@@ -40,6 +40,7 @@ CASES = pairwise(
         band=(7, 16, 0),
         max_len=(None, 64),
         sink=(True, False),
+        output_gate=(True, False),
         far_warmup=(0, 3),
         selection=READINGS,
     )

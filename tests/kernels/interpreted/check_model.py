@@ -14,8 +14,8 @@ ROOMY = dict(layers="16 full", window=2 * W, capacity_factor=1.5)
 
 @pytest.mark.parametrize(
     ("grouping", "changes"),
-    [*((name, {}) for name in GROUPINGS), ("gumbel", ROOMY), ("random", ROOMY)],
-    ids=[*GROUPINGS, "gumbel-roomy", "random-roomy"],
+    [*((name, {}) for name in GROUPINGS), ("gumbel", ROOMY), ("random", ROOMY | {"output_gate": False})],
+    ids=[*GROUPINGS, "gumbel-roomy", "random-roomy-no-gate"],
 )
 @pytest.mark.parametrize("selection", READINGS)
 def test_no_leak_and_every_parameter_learns(selection, grouping, changes):

@@ -97,6 +97,13 @@ def test_same_choice_by_members(name, equal):
     assert torch.equal(chosen, expected)
 
 
+def test_tokens_beyond_the_text_ask_for_nothing():
+    """A block of 128 tokens of which 52 are there: what the others would see is not even read."""
+    inputs, options = members_case(**MEMBERS["side-by-side-odd"] | {"length": 180})
+    expected = reference.select_members(*inputs, **options)
+    assert torch.equal(select_members(*inputs, **options, tokens=128, tile=16), expected)
+
+
 UNEVEN = {  # sizes of the groups of a window, by turns
     "R-8-capacity-1.5": dict(sizes=[[12, 4, 9, 7], [8, 8, 12, 4]], spare=0),
     "R-16-capacity-2": dict(sizes=[[32, 0], [5, 27]]),
@@ -174,6 +181,7 @@ def test_parts_hold_the_members_of_one_group_each(name, part):
             last = member[-1:].expand((end - begin) * part - len(member), -1) if end > begin else member
             assert torch.equal(latent[begin:end].flatten(0, 1), torch.cat([member, last]))
             begin = end
+        assert not latent[begin:].any()  # what a product may read beyond the last part
 
 
 def test_what_is_read_beyond_the_last_part_belongs_to_no_group(monkeypatch):
