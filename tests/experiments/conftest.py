@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 
@@ -45,5 +46,18 @@ def refused_and_nothing_written(refused, tmp_path, monkeypatch) -> Callable[[lis
         error = refused(arguments)
         assert list(tmp_path.iterdir()) == []
         return error
+
+    return run
+
+
+@pytest.fixture
+def not_written_over(refused, tmp_path, monkeypatch) -> Callable[[str, list[str]], None]:
+    """A benchmark on what passes for a GPU refuses a folder with rows of this name, and leaves them alone."""
+
+    def run(file: str, arguments: list[str]) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        (tmp_path / file).write_text("mine")
+        assert f"already holds {file}" in refused([*arguments, "--out", str(tmp_path)])
+        assert (tmp_path / file).read_text() == "mine"
 
     return run

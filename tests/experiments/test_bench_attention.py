@@ -34,11 +34,8 @@ def test_bad_input_is_one_line_and_writes_nothing(name, refused_and_nothing_writ
     assert expected in refused_and_nothing_written(arguments)
 
 
-def test_rows_are_not_written_over(tmp_path, refused, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    (tmp_path / "attention_speed.json").write_text("mine")
-    assert "already holds attention_speed.json" in refused(["--out", str(tmp_path)])
-    assert (tmp_path / "attention_speed.json").read_text() == "mine"
+def test_rows_are_not_written_over(not_written_over):
+    not_written_over("attention_speed.json", [])
 
 
 def test_report_only_compares_with_the_dense_rows_of_the_same_run(tmp_path, capsys):

@@ -99,7 +99,5 @@ def test_a_file_in_the_way_is_one_line(gpu, tmp_path, refused):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_rows_are_not_written_over(gpu, tmp_path, refused):
-    (tmp_path / "decode_speed.json").write_text("mine")
-    assert "already holds decode_speed.json" in refused([*SMALL, "--out", str(tmp_path)])
-    assert (tmp_path / "decode_speed.json").read_text() == "mine"
+def test_rows_are_not_written_over(not_written_over):
+    not_written_over("decode_speed.json", SMALL)

@@ -29,11 +29,8 @@ def test_bad_input_is_one_line_and_writes_nothing(name, refused_and_nothing_writ
     assert expected in refused_and_nothing_written(arguments)
 
 
-def test_rows_are_not_written_over(tmp_path, refused, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    (tmp_path / "model_speed.json").write_text("mine")
-    assert "already holds model_speed.json" in refused(["--out", str(tmp_path)])
-    assert (tmp_path / "model_speed.json").read_text() == "mine"
+def test_rows_are_not_written_over(not_written_over):
+    not_written_over("model_speed.json", [])
 
 
 def test_the_twins_have_about_as_many_parameters():
