@@ -166,11 +166,11 @@ def make_folder(folder: Path, name: str = "out") -> None:
         raise ValueError(f"{name}={str(folder)!r}: {rule}") from error
 
 
-def fresh_folder(folder: Path, file: str, name: str = "out") -> None:
+def fresh_folder(folder: Path, file: str) -> None:
     """`make_folder`, and ValueError where the file is there already: results are not written over."""
     if (folder / file).exists():
-        raise ValueError(f"{name}={str(folder)!r}: already holds {file}; use another --{name}")
-    make_folder(folder, name)
+        raise ValueError(f"out={str(folder)!r}: already holds {file}; use another --out")
+    make_folder(folder)
 
 
 def replace_with(path: Path, write: Callable[[Path], object]) -> None:

@@ -91,12 +91,7 @@ def parse_reading(text: str) -> Reading:
 
 
 def readings(groupings: Sequence[str], sizes: Sequence[int], opened: Sequence[int]) -> list[Reading]:
-    """Dense ones first, then every combination. ValueError on an unknown grouping or one named twice."""
-    for name in groupings:
-        if name not in GROUPINGS:
-            raise ValueError(f"groupings={name!r}: must be one of {', '.join(GROUPINGS)}")
-    if len(set(groupings)) != len(groupings):
-        raise ValueError(f"groupings={','.join(groupings)!r}: names a grouping twice")
+    """Dense ones first, then every combination."""
     grouped = [Reading(name, size, k) for name in groupings for size in sizes for k in opened]
     return [*map(Reading, DENSE), *grouped]
 

@@ -222,11 +222,13 @@ def model_config(settings: Settings, vocab_size: int = 0) -> CoGAConfig:
     return config
 
 
-def stored(values: Any, given: dict[str, Any], model: Any = None) -> Settings:
-    """Settings of a run to go on with; ValueError where what was asked for differs.
+def stored(content: Any, given: dict[str, Any]) -> Settings:
+    """Settings of a run to go on with, from its config.json; ValueError where what was asked for differs.
 
-    model  what config.json says of its model: a default that has changed since is the run's own setting now
+    A default of the model that has changed since the run began becomes a setting of its own.
     """
+    content = content if isinstance(content, dict) else {}
+    values, model = content.get("settings"), content.get("model")
     fields = dataclasses.fields(Settings)
     later = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
     values = {**later, **values} if isinstance(values, dict) else values

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from _arms import field_value, parse_integers
-from _common import choose_device, write_text
+from _common import choose_device, names_of, write_text
 from _convert import Reading, figures, parse_reading, plot_finetune, plot_table, readings, table
 from _copying import copying, copying_line
 from _fit import fit, validate
@@ -51,6 +51,7 @@ from _settings import GROUPS_ONLY
 from tqdm import tqdm
 
 from coga import CoGAConfig
+from coga.config import GROUPINGS
 from coga.data import Corpus, batches, contexts, load_corpus
 from coga.models import CoGAGPT
 
@@ -150,7 +151,7 @@ def check(args: argparse.Namespace) -> tuple[CoGAGPT | None, CoGAConfig, list[Re
         if name not in READ or named.count(name) > 1:
             raise ValueError(f"read={name!r}: must be one of {', '.join(READ)}, each at most once")
     args.read = dict(args.read)
-    wanted = readings([name.strip() for name in args.groupings.split(",")], sizes, opened)
+    wanted = readings(names_of(args.groupings, "groupings", GROUPINGS), sizes, opened)
     model, config = _model(args)
     kinds = {config.layer(i).kind for i in range(config.n_layer)}
     if kinds != {"full"}:

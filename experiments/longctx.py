@@ -75,8 +75,7 @@ def _prepare(argv: list[str] | None) -> tuple[Settings, Any, Path, bool]:
                 raise ValueError(f"out={str(place)!r}: {rule}")
         return settings, rest, folder, False
     content = read_json(folder / "config.json")
-    content = content if isinstance(content, dict) else {}
-    settings = stored(content.get("settings"), given, content.get("model"))
+    settings = stored(content, given)
     return settings, rest, folder, True
 
 
@@ -184,7 +183,7 @@ def _same_run(folder: Path, settings: Settings, corpus: Corpus) -> None:
     content = read_json(folder / "config.json")
     try:
         theirs = content["corpus"]["sha256"]
-        settled = stored(content["settings"], {}, content.get("model")) == settings
+        settled = stored(content, {}) == settings
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'}: holds no settings of a longctx run") from error
     if not settled:

@@ -255,6 +255,7 @@ BAD = {
     "read-twice": (["--read", "beta=4", "--read", "beta=5"], "'beta'"),
     "n-two-windows": (["--n", "32"], "two windows"),
     "grouping": (["--groupings", "magic"], "'magic'"),
+    "grouping-twice": (["--groupings", "kmeans,gumbel,kmeans"], "groupings='kmeans,gumbel,kmeans'"),
     "group-size": (["--group-sizes", "5"], "multiple of every group size"),
     "group-size-text": (["--group-sizes", "many"], "group_sizes='many'"),
     "open": (["--open", "-1"], "open=-1"),

@@ -79,7 +79,7 @@ def test_little_is_lost_where_little_lies_outside():
     error = {}
     for name, found in (("shrunk", shrink_latents(model, 4, text)), ("cut", cut(model, 4))):
         error[name] = ((found(other).logits - wanted).norm() / wanted.norm()).item()
-    assert error["shrunk"] < 0.15 and error["shrunk"] < 0.5 * error["cut"], error  # 0.09-0.12, 0.30-0.38
+    assert error["shrunk"] < 0.1 and error["shrunk"] < 0.4 * error["cut"], error
 
 
 def test_widths_of_single_layers():

@@ -94,8 +94,7 @@ MODELS = {  # what is read, and the kernels of unequal and of equal groups
 
 def run_model(dtype: torch.dtype, **changes) -> None:
     """Forward and backward of one layer, 1,600 tokens in windows of 512."""
-    shape = dict(n_layer=1, n_head=2, d_model=128, vocab_size=64, latent_dim=64, rope_dim=32, window=512,
-                 output_gate=True)  # fmt: skip
+    shape = dict(n_layer=1, n_head=2, d_model=128, vocab_size=64, latent_dim=64, rope_dim=32, window=512)
     model = CoGAGPT(CoGAConfig(**{**shape, "layers": "32", **changes})).train()
     tokens = torch.randint(64, (1, 1601), generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
