@@ -82,7 +82,9 @@ class CoGAConfig:
         summaries      groups that a token does not open are read through their means (off: not at all; then
                        nothing but the coherence loss moves prototypes); None: where K, selection or
                        refine_groups need them
-        capacity_factor  a group holds at most ceil(capacity_factor * R) tokens; one or one per layer
+        capacity_factor  a group holds at most ceil(capacity_factor * R) tokens: 1 makes groups equal and
+                       layers faster, 2 keeps twice as many tokens in their group as training goes on; one
+                       or one per layer
         refine_steps   soft k-means steps that start from the prototypes; beta: scale of their cosine logits
         refine_gradient "last" (straight through the earlier steps) or "all"
         kmeans_steps   Lloyd steps of the "kmeans" grouping
@@ -133,7 +135,7 @@ class CoGAConfig:
     selection: str = "members"
     index_weight: float = 0.01
     summaries: bool | None = None
-    capacity_factor: float | tuple[float, ...] = 1.0
+    capacity_factor: float | tuple[float, ...] = 2.0
     refine_steps: int = 4
     refine_gradient: str = "last"
     beta: float = 32.0
@@ -347,10 +349,12 @@ class CoGAConfig:
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Trains on two CPU cores in minutes: 0.2M parameters. There, scoring every member would take longest, and
-    # the gate, without which larger models learn to copy better, is worth 0.06-0.24 bits (docs/findings.md).
+    # the gate, without which larger models learn to copy better, is worth 0.06-0.24 bits; with room in the
+    # groups prototypes are used less evenly, and nothing is gained (docs/findings.md).
     "tiny": dict(
         n_layer=3, n_head=2, d_model=64, latent_dim=32, rope_dim=16, window=128, band=32,
         layers="near 16 32", open_groups=4, selection="summary", output_gate=True,
+        capacity_factor=1.0,
     ),
     # About 10M parameters, bytes.
     "small": dict(n_layer=6, n_head=8, d_model=384, latent_dim=64, rope_dim=32),

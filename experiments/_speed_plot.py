@@ -49,5 +49,5 @@ def plot_speed(rows: list[dict[str, Any]], path: Path) -> None:
     axis.set_ylabel("times as fast as dense attention")
     axis.grid(alpha=0.3)
     if lines:
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     save(figure, path)

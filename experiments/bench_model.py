@@ -29,9 +29,11 @@ from coga.models import CoGAGPT
 from coga.models.train_graph import GraphedStep
 
 ROWS = "model_speed.json"
+GROUPS = dict(layers="near 32 32 32", latent_dim=64)
 ARMS = {
-    "coga": dict(layers="near 32 32 32", latent_dim=64),
-    "coga-gated": dict(layers="near 32 32 32", latent_dim=64, output_gate=True),  # rows before 2026-11-27
+    "coga": GROUPS | dict(capacity_factor=1.0),  # equal groups, as bench_attention times them
+    "coga-room": GROUPS,  # the default
+    "coga-gated": GROUPS | dict(capacity_factor=1.0, output_gate=True),  # rows before 2026-11-27
     "coga-full": dict(layers="full", latent_dim=64),
     "sdpa-mha": dict(layers="mha"),
 }

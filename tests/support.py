@@ -33,7 +33,7 @@ SMALL: dict[str, Any] = dict(
     n_layer=3, n_head=3, d_model=15, latent_dim=6, rope_dim=4, window=W, band=7, open_groups=2,
     mlp_ratio=2.0, layers="near 4 8", max_len=512, noise=8.0,
     refine_groups=True, reciprocal_groups=True, coherence_weight=0.01, revive=0.1, selection="summary",
-    summaries=True, slow_prototypes=True, output_gate=True,
+    summaries=True, slow_prototypes=True, output_gate=True, capacity_factor=1.0,
 )  # fmt: skip
 
 

@@ -93,10 +93,14 @@ def test_groups_without_summaries_must_be_opened_by_members(changes, rule):
     CoGAConfig(layers="32", summaries=False, coherence_weight=0.0, grouping="contiguous")
 
 
-def test_the_gate_is_for_tiny_models():
+@pytest.mark.parametrize(
+    ("field", "tiny", "others"), [("output_gate", True, False), ("capacity_factor", 1, 2)]
+)
+def test_the_tiny_preset_has_a_gate_and_equal_groups(field, tiny, others):
     """Found by measurement (docs/findings.md): whoever changes it back should look there."""
-    gates = {name: CoGAConfig.preset(name).output_gate for name in PRESETS}
-    assert gates == {"tiny": True, "small": False, "gpt2": False} and not CoGAConfig().output_gate
+    found = {name: getattr(CoGAConfig.preset(name), field) for name in PRESETS}
+    assert found == {"tiny": tiny, "small": others, "gpt2": others}
+    assert getattr(CoGAConfig(), field) == others
 
 
 def test_summaries_are_read_where_something_needs_them():

@@ -34,7 +34,7 @@ def gpu_model(train: bool = True, seed: int = 0, **changes) -> CoGAGPT:
         n_layer=3, n_head=3, d_model=48, latent_dim=32, rope_dim=16, window=W, band=20, open_groups=3,
         layers="near 8 16", mlp_ratio=2.0, max_len=1024, noise=1.0, backend="triton",
         refine_groups=True, reciprocal_groups=True, coherence_weight=0.01, revive=0.1,
-        selection="summary", summaries=True, slow_prototypes=True, output_gate=True,
+        selection="summary", summaries=True, slow_prototypes=True, output_gate=True, capacity_factor=1.0,
     )  # fmt: skip
     model = perturb(CoGAGPT(CoGAConfig(**{**values, **changes})), seed)
     return model.cuda().train(train)
@@ -45,6 +45,10 @@ def one_worker_each(*values: str) -> list:
     return [pytest.param(value, marks=pytest.mark.xdist_group(value)) for value in values]
 
 
+# Equal groups and unequal ones, whose kernels differ.
+ROOM = pytest.mark.parametrize("room", [1.0, 2.0], ids=["equal", "room"])
+
+
 @pytest.fixture(autouse=True)
 def quiet():
     """Warnings of compilers are theirs."""
@@ -53,13 +57,15 @@ def quiet():
         yield
 
 
+@ROOM
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("grouping", GROUPINGS)
 @pytest.mark.parametrize("layers", one_worker_each("near 8 16", "8 full 64", "mha 16 near"))
-def test_no_leak(layers, grouping, train):
+def test_no_leak(layers, grouping, train, room):
     """A changed suffix leaves earlier logits as they are, to the bit; and no gradient comes from later on."""
     selection = READINGS[(GROUPINGS.index(grouping) + train) % len(READINGS)]
-    model = gpu_model(train, **read_by(dict(layers=layers, grouping=grouping, selection=selection)))
+    case = read_by(dict(layers=layers, grouping=grouping, selection=selection))
+    model = gpu_model(train, capacity_factor=room, **case)
     row = real_bytes(1, LENGTH).cuda()
     for cut in (1, W - 1, W, 2 * W + 1, 3 * W, 4 * W + 5, LENGTH - 1):
         other = row.clone()
@@ -89,11 +95,12 @@ def test_opening_every_group_equals_full_attention(grouping):
     assert (ours - exact).norm() / exact.norm() < 2e-5
 
 
+@ROOM
 @pytest.mark.parametrize("selection", READINGS)
 @pytest.mark.parametrize("layers", ["near 8 16", "8 full 64"])
-def test_the_kernels_give_the_logits_and_gradients_of_the_reference(layers, selection):
+def test_the_kernels_give_the_logits_and_gradients_of_the_reference(layers, selection, room):
     """Whole model, choices included: float32 scores are rounded so that both backends choose alike."""
-    ours = gpu_model(**read_by(dict(layers=layers, selection=selection)))
+    ours = gpu_model(capacity_factor=room, **read_by(dict(layers=layers, selection=selection)))
     plain = other_layers(ours, layers, backend="reference").train()
     row = real_bytes(2, LENGTH).cuda()
     found = []
@@ -109,11 +116,12 @@ def test_the_kernels_give_the_logits_and_gradients_of_the_reference(layers, sele
             assert (grad - expected[name]).norm() <= 2e-3 * expected[name].norm() + 1e-7, name
 
 
+@ROOM
 @pytest.mark.parametrize("selection", READINGS)
 @pytest.mark.parametrize("layers", ["near 8 16", "8 full", "mha 8"])
-def test_decode_equals_the_full_forward(layers, selection):
-    gate = layers == "8 full"
-    model = gpu_model(train=False, output_gate=gate, **read_by(dict(layers=layers, selection=selection)))
+def test_decode_equals_the_full_forward(layers, selection, room):
+    options = dict(output_gate=layers == "8 full", capacity_factor=room)
+    model = gpu_model(train=False, **options, **read_by(dict(layers=layers, selection=selection)))
     row = real_bytes(2, LENGTH, seed=3).cuda()
     with torch.no_grad():
         full = model(row).logits
@@ -179,12 +187,13 @@ def test_compiled_blocks_train_like_eager_ones():
     torch.compiler.reset()
 
 
+@ROOM
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_a_recorded_training_step_equals_the_launched_one(compiled):
+def test_a_recorded_training_step_equals_the_launched_one(compiled, room):
     """Losses and weights of 8 steps with a learning rate that changes: replayed, and kernel by kernel."""
     found = []
     for graphed in (True, False):
-        model = gpu_model(layers="near 8 mha", output_gate=not compiled)
+        model = gpu_model(layers="near 8 mha", output_gate=not compiled, capacity_factor=room)
         if compiled:
             model.compile_blocks()
         rate = torch.tensor(1e-3, device="cuda")
