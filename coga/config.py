@@ -83,8 +83,8 @@ class CoGAConfig:
                        nothing but the coherence loss moves prototypes); None: where K, selection or
                        refine_groups need them
         capacity_factor  a group holds at most ceil(capacity_factor * R) tokens: 1 makes groups equal and
-                       layers faster, 2 keeps twice as many tokens in their group as training goes on; one
-                       or one per layer
+                       layers faster; with 2, after a dense start, half as many tokens change their group
+                       as training goes on; one or one per layer
         refine_steps   soft k-means steps that start from the prototypes; beta: scale of their cosine logits
         refine_gradient "last" (straight through the earlier steps) or "all"
         kmeans_steps   Lloyd steps of the "kmeans" grouping
