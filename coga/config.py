@@ -17,6 +17,8 @@ MLPS = ("relu2", "swiglu")
 SELECTIONS = ("summary", "members")
 LARGEST_SCORE = 1e4
 # What a config.json meant that was written before there was such a field.
+# Groupings whose groups all hold R tokens, so that more slots would stay empty.
+EVEN = ("contiguous", "random")
 BEFORE: dict[str, Any] = {"selection": "summary", "summaries": True, "index_weight": 0.0}
 
 
@@ -31,7 +33,7 @@ class LayerConfig:
     kind         "near", "full", "mha" or "group"
     group_size   R, tokens in a group (0 unless kind is "group")
     groups       G = W/R, groups in a window
-    slots        S = ceil(capacity_factor * R), the most tokens a group may hold
+    slots        S = ceil(capacity_factor * R), the most tokens a group may hold (R where all hold R)
     """
 
     index: int
@@ -49,6 +51,8 @@ class LayerConfig:
 
     @property
     def slots(self) -> int:
+        if self.grouping in EVEN:
+            return self.group_size
         return math.ceil(min(self.window, self.capacity_factor * self.group_size) - 1e-9)
 
 

@@ -13,7 +13,7 @@ import torch
 from _arms import Arm, field_value, parse_arms, parse_integers
 from _common import StrictParser, environment, holds_run
 from _dense_start import dense_twin
-from _rows import clean, read_rows
+from _rows import clean, different, read_rows
 from _script import share_of_peak
 from _settings import TRAINING
 
@@ -211,7 +211,7 @@ def start_of(arm: Arm, setting: Setting) -> dict[str, Any] | None:
 
 
 def same_settings(rows: list[dict[str, Any]], arms: list[Arm], setting: Setting, folder: Path) -> None:
-    """ValueError unless every row comes from this setting, and from what its arm means today."""
+    """ValueError unless every row comes from this setting, and what its arm, named or not, means today."""
     wanted, known = clean(dataclasses.asdict(setting)), {arm.text: arm for arm in arms}
     for row in rows:
         theirs = row.get("setting")
@@ -222,17 +222,13 @@ def same_settings(rows: list[dict[str, Any]], arms: list[Arm], setting: Setting,
             if name != "data" and theirs.get(name) != wanted[name]:
                 rule = f"the rows of {str(folder)!r} have {theirs.get(name)!r}; use that or another --out"
                 raise ValueError(f"{name}={wanted[name]!r}: {rule}")
-        if row["arm"] in known:
-            model = model_of(known[row["arm"]], setting, row["seed"])
-            theirs = row["model"] | {"start": row.get("start")}
-            model |= {"start": start_of(known[row["arm"]], setting)}
-            differ = sorted(k for k in {*model, *theirs} if model.get(k) != theirs.get(k))
-            if differ:
-                raise ValueError(
-                    f"arms={row['arm']!r}: its row in {str(folder)!r} has {differ[0]}="
-                    f"{theirs.get(differ[0])!r}, a run of today {model.get(differ[0])!r}; "
-                    "use another --out"
-                )
+        arm = known.get(row["arm"]) or parse_arms(row["arm"])[0]
+        model = model_of(arm, setting, row["seed"]) | {"start": start_of(arm, setting)}
+        differ = different(row["model"] | {"start": row.get("start")}, model)
+        if differ:
+            raise ValueError(
+                f"arms={row['arm']!r}: its row in {str(folder)!r} has {differ}; use another --out"
+            )
 
 
 def reference_of(asked: str | None, names: list[str]) -> str:

@@ -259,7 +259,9 @@ class Trainer:
 
     def _load(self) -> CoGAGPT:
         model = CoGAGPT.from_pretrained(self.checkpoint)
-        if model.config not in (self.config, self.dense_config):
+        # The dense model of a run keeps what belonged to groups when the run began; it makes no use of it.
+        dense = self.settings.dense_warmup and model.config.layers == self.dense_config.layers
+        if model.config != self.config and not (dense and dense_twin(model.config) == self.dense_config):
             raise ValueError(f"{self.checkpoint}: its config.json does not fit the run's settings")
         return model
 

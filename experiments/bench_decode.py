@@ -30,7 +30,7 @@ from coga.models import CoGAGPT
 from coga.models.decode import DecodeState
 from coga.models.graph import GraphedDecoder
 
-ARMS = {"mha": dict(layers="mha"), "coga": dict(layers="near 32 32 32", latent_dim=64)}
+ARMS = {"mha": dict(layers="mha"), "coga": dict(layers="near 32 32 32", latent_dim=64, capacity_factor=1.0)}
 MODES = ("captured", "compiled")
 TOLERANCE = 0.03  # of the logits' norm; bf16 rounds to 0.004, a dozen layers one after the other
 

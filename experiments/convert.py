@@ -79,7 +79,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--group-sizes", default="16,32,64", help="group sizes R (16,32,64)")
     add("--open", default="0,4,8,16", help="opened groups K (0,4,8,16)")
     add("--window", type=int, default=128, help="tokens in a window (128)")
-    add("--capacity", type=float, default=1.0, help="a group holds at most capacity x R tokens (1)")
+    add(
+        "--capacity",
+        type=float,
+        default=1.0,
+        help="a group holds at most capacity x R tokens (1: as measured)",
+    )
     add("--far-bias", type=float, default=0.0, help="bias on group summaries when read without training (0)")
     add(
         "--read",

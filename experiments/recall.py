@@ -36,7 +36,7 @@ from _dense_start import dense_twin, start_folder
 from _fit import Fitted, fit
 from _recall import Row, Vocabulary, classes, mqar, needle, recalled, scattered, stack
 from _recall_plots import plot_all
-from _rows import append_row, provenance
+from _rows import append_row, clean, different, provenance
 from _script import (
     add_model_arguments,
     add_speed,
@@ -104,6 +104,12 @@ def vocabulary(args: argparse.Namespace) -> Vocabulary:
     return Vocabulary(args.keys, args.values, args.noise, args.fused)
 
 
+def config_of(arm: Arm, args: argparse.Namespace) -> CoGAConfig:
+    base = {"vocab_size": vocabulary(args).size, "band": min(16, args.window), **EASIER.get(args.preset, {})}
+    base |= model_changes(args, "layers", "window", "open_groups")
+    return arm.config(args.preset, base, args.seed)
+
+
 def check(args: argparse.Namespace) -> list[tuple[Arm, CoGAConfig]]:
     """The arms with their models. ValueError (field, value, rule) on whatever does not fit."""
     at_least(args, 1, "n", "batch", "pairs", "noise", "samples", "steps")
@@ -120,9 +126,7 @@ def check(args: argparse.Namespace) -> list[tuple[Arm, CoGAConfig]]:
     if args.max_length < args.n:
         raise ValueError(f"max_length={args.max_length}: must be at least n={args.n}")
     vocab = vocabulary(args)
-    base = {"vocab_size": vocab.size, "band": min(16, args.window), **EASIER.get(args.preset, {})}
-    base |= model_changes(args, "layers", "window", "open_groups")
-    arms = [(arm, arm.config(args.preset, base, args.seed)) for arm in parse_arms(args.arms)]
+    arms = [(arm, config_of(arm, args)) for arm in parse_arms(args.arms)]
     for arm, config in arms:
         if arm.prototypes and not args.warmup_steps:
             raise ValueError(f"prototypes={arm.prototypes!r}: needs --warmup-steps (arm {arm.text})")
@@ -264,6 +268,7 @@ def run_arm(arm: Arm, config: CoGAConfig, args: argparse.Namespace, device: Any)
         "layers": config.layers,
         "window": config.window,
         "open_groups": config.open_groups,
+        "model": clean(dataclasses.asdict(config)),
         "losses": fitted.losses,
         "tokens": fitted.tokens,
         "warmup_tokens": args.warmup_steps * training_batch(args, 0)[0].numel() if args.warmup_steps else 0,
@@ -272,6 +277,20 @@ def run_arm(arm: Arm, config: CoGAConfig, args: argparse.Namespace, device: Any)
         "peak_bytes": fitted.peak_bytes,
         **measure(model, args, device, arm.text),
     }
+
+
+def same_models(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    """ValueError unless every row is of the model that its arm, named or not, means today."""
+    for row in rows:
+        if "model" not in row:
+            rule = "says nothing of its model, whose defaults may have been others; use another --out"
+            raise ValueError(f"arms={row['arm']!r}: its row in {str(args.out)!r} {rule}")
+        arm = parse_arms(row["arm"])[0]
+        differ = different(row["model"], clean(dataclasses.asdict(config_of(arm, args))))
+        if differ:
+            raise ValueError(
+                f"arms={row['arm']!r}: its row in {str(args.out)!r} has {differ}; use another --out"
+            )
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
@@ -296,6 +315,7 @@ def body(argv: list[str] | None) -> None:
     show("recall.py", {"arms": [arm.text for arm, _ in arms], **settings}, device, args.out)
     outputs = ["warm-up", "mqar.png", "depth.png", *(f"heat-{slug(arm.text)}.png" for arm, _ in arms)]
     rows = open_folder(args.out, "recall.py", settings, args.resume, outputs)
+    same_models(rows, args)
     done = {row["arm"] for row in rows}
     for arm, config in arms:
         if arm.text in done:

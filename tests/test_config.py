@@ -162,6 +162,11 @@ def test_slots_are_the_rounded_up_capacity_and_never_more_than_a_window(factor):
     assert layer.slots == {1.0: 16, 1.25: 20}.get(factor, 512)
 
 
+def test_slots_are_not_one_more_for_rounding():
+    """1.1 x 10 is 11.000000000000002."""
+    assert CoGAConfig(layers="10", window=50, band=50, capacity_factor=1.1).layer(0).slots == 11
+
+
 @pytest.mark.parametrize("name", ["tiny", "small", "gpt2"])
 def test_json_brings_every_preset_back(name):
     config = CoGAConfig.preset(name, seed=5, freeze_step=9)

@@ -278,6 +278,28 @@ def test_a_run_keeps_the_defaults_it_began_with(at, arms, unbroken, two_arms, te
         assert metrics(folder / name) == metrics((two_arms if arms else unbroken) / name), name
 
 
+def test_a_dense_warm_up_goes_on_although_a_default_of_groups_changed(
+    from_dense, text, tmp_path, monkeypatch
+):
+    """Its model has the default that was one then, and makes no use of it."""
+    folder = tmp_path / "run"
+    killed_after(1, [*TINY, "--dense-warmup", "--data", text, "--out", str(folder)], monkeypatch)
+    path = folder / "checkpoint" / "config.json"
+    then = json.loads(path.read_text())
+    path.write_text(json.dumps(then | {"capacity_factor": 1.5}))
+    assert longctx.main(["--resume", "--out", str(folder), "--save-every", "0"]) == 0
+    assert metrics(folder) == metrics(from_dense) and weights(folder) == weights(from_dense)
+
+
+def test_a_checkpoint_of_another_model_is_refused(text, tmp_path, monkeypatch, refused):
+    folder = tmp_path / "run"
+    killed_after(1, [*TINY, "--dense-warmup", "--data", text, "--out", str(folder)], monkeypatch)
+    path = folder / "checkpoint" / "config.json"
+    then = json.loads(path.read_text())
+    path.write_text(json.dumps(then | {"gain_init": 1.5}))
+    assert "does not fit the run's settings" in refused(["--resume", "--out", str(folder)])
+
+
 def test_killed_between_the_two_renames(unbroken, text, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     rename, count = os.rename, []

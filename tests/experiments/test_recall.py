@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import _recall
@@ -182,8 +183,6 @@ def test_what_a_run_leaves(run):
 
 
 def test_resume_keeps_rows_and_adds_the_missing_arm(run, tmp_path):
-    import shutil
-
     folder = tmp_path / "copy"
     shutil.copytree(run, folder)
     kept = (run / "rows.jsonl").read_text().splitlines(keepends=True)
@@ -194,6 +193,24 @@ def test_resume_keeps_rows_and_adds_the_missing_arm(run, tmp_path):
     assert again[0] == before[0]
     for key in ("losses", "mqar", "needle"):
         assert [row[key] for row in again] == [row[key] for row in before]
+
+
+@pytest.mark.parametrize("arms", ["gumbel:beta=4", "full"])
+def test_rows_of_other_models_are_refused(arms, run, tmp_path, refused):
+    """Of an arm that is asked for, and of another: a default that has changed would part them in silence."""
+    folder = tmp_path / "copy"
+    shutil.copytree(run, folder)
+    path = folder / "rows.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    again = [*TINY, "--arms", arms, "--out", str(folder), "--resume"]
+    for row in rows:
+        row["model"]["capacity_factor"] = 3.0
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "capacity_factor=3.0" in refused(again)
+    for row in rows:
+        del row["model"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "says nothing of its model" in refused(again)
 
 
 def test_an_existing_run_is_left_alone(run, refused):

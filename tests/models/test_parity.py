@@ -33,7 +33,7 @@ CASES = pairwise(
         grouping=GROUPINGS,
         chunks=("ones", "windows", "odd", "pieces", "whole"),
         open_groups=(2, 0, 99),
-        capacity_factor=(1.0, 2.0),
+        capacity_factor=(1.0, 1.5, 2.0),
         refine_groups=(True, False),
         reciprocal=(True, False),
         window=(W, (W, 2 * W, W)),
@@ -115,7 +115,7 @@ PADDED = pairwise(
         side=("left", "right"),
         open_groups=(2, 0, 99),
         refine_groups=(True, False),
-        capacity_factor=(1.0, 2.0),
+        capacity_factor=(1.0, 1.5, 2.0),
     )
 )
 

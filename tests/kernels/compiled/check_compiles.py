@@ -83,11 +83,13 @@ def both_bodies(monkeypatch):
     monkeypatch.setattr(dispatch, "_bodies", lambda backend, device: Beside())
 
 
+EQUAL = dict(capacity_factor=1.0)
 MODELS = {  # what is read, and the kernels of unequal and of equal groups
     "members-capacity-2": dict(capacity_factor=2.0),
-    "members": dict(),
-    "members-of-64": dict(layers="64", open_groups=4),
-    "summaries": dict(selection="summary", refine_groups=True, reciprocal_groups=True),
+    "members": EQUAL,
+    "members-of-64": EQUAL | dict(layers="64", open_groups=4),
+    "summaries": EQUAL | dict(selection="summary", refine_groups=True, reciprocal_groups=True),
+    "summaries-capacity-2": dict(capacity_factor=2.0, selection="summary"),
     "full": dict(layers="full"),
 }
 
