@@ -16,9 +16,9 @@ BACKENDS = ("auto", "reference", "triton")
 MLPS = ("relu2", "swiglu")
 SELECTIONS = ("summary", "members")
 LARGEST_SCORE = 1e4
-# What a config.json meant that was written before there was such a field.
 # Groupings whose groups all hold R tokens, so that more slots would stay empty.
 EVEN = ("contiguous", "random")
+# What a config.json meant that was written before there was such a field.
 BEFORE: dict[str, Any] = {"selection": "summary", "summaries": True, "index_weight": 0.0}
 
 
@@ -122,7 +122,7 @@ class CoGAConfig:
     seed: int = 0
     norm_eps: float = 1e-6
 
-    layers: str = "near 16 32 64"
+    layers: str = "32"
     latent_dim: int | tuple[int, ...] = 64
     rope_dim: int = 32
     rope_theta: float = 10000.0

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _arms import Arm, field_value, parse_arms, parse_integers
+from _arms import Arm, arm_of, different, field_value, parse_arms, parse_integers
 from _common import StrictParser, environment, holds_run
 from _dense_start import dense_twin
-from _rows import clean, different, read_rows
+from _rows import clean, read_rows
 from _script import share_of_peak
 from _settings import TRAINING
 
@@ -210,19 +210,22 @@ def start_of(arm: Arm, setting: Setting) -> dict[str, Any] | None:
     }
 
 
+KINDS = {"arm": str, "seed": int, "setting": dict, "model": dict, "metrics": dict}  # of a row
+
+
 def same_settings(rows: list[dict[str, Any]], arms: list[Arm], setting: Setting, folder: Path) -> None:
     """ValueError unless every row comes from this setting, and what its arm, named or not, means today."""
     wanted, known = clean(dataclasses.asdict(setting)), {arm.text: arm for arm in arms}
     for row in rows:
-        theirs = row.get("setting")
-        if not isinstance(theirs, dict) or "arm" not in row or "seed" not in row or "metrics" not in row:
+        if not all(isinstance(row.get(name), kind) for name, kind in KINDS.items()):
             raise ValueError(f"out={str(folder)!r}: holds rows of another experiment; use another --out")
+        theirs = row["setting"]
         # Where the text came from does not matter as long as it is the same text.
         for name in wanted:
             if name != "data" and theirs.get(name) != wanted[name]:
                 rule = f"the rows of {str(folder)!r} have {theirs.get(name)!r}; use that or another --out"
                 raise ValueError(f"{name}={wanted[name]!r}: {rule}")
-        arm = known.get(row["arm"]) or parse_arms(row["arm"])[0]
+        arm = known.get(row["arm"]) or arm_of(row, folder)
         model = model_of(arm, setting, row["seed"]) | {"start": start_of(arm, setting)}
         differ = different(row["model"] | {"start": row.get("start")}, model)
         if differ:

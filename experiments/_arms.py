@@ -15,9 +15,11 @@ A list of arms is separated by commas; a part without a name ("sink=false") belo
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from _settings import ARMS, GROUPS_ONLY, override
@@ -28,7 +30,17 @@ from coga.models import CoGAGPT
 # What an arm may change that goes on from the unchanged model: the rest would leave weights without a start.
 CARRIED = ("sink", "output_gate", "reciprocal", "band", "entropy_weight", *GROUPS_ONLY)
 
-__all__ = ["Arm", "field_value", "parse_arms", "parse_integers", "plain_config", "sharing_start", "slug"]
+__all__ = [
+    "Arm",
+    "arm_of",
+    "different",
+    "field_value",
+    "parse_arms",
+    "parse_integers",
+    "plain_config",
+    "sharing_start",
+    "slug",
+]
 
 
 @dataclass(frozen=True)
@@ -142,6 +154,32 @@ def _arm(text: str, name: str, fields: list[str]) -> Arm:
         raise ValueError(f"arms={text!r}: dense='plain' must stand without {foreign[0]}")
     rest = dict(prototypes=prototypes, dense_latent_dim=width, dense_plain=dense == "plain")
     return Arm(text, name, changes, **rates, **rest)
+
+
+def arm_of(row: Mapping[str, Any], folder: Path) -> Arm:
+    """The one arm of a row. ValueError where its name means nothing today."""
+    try:
+        arms = parse_arms(row["arm"])
+    except ValueError:
+        arms = []
+    fields = {field.name for field in dataclasses.fields(CoGAConfig)}
+    if len(arms) != 1 or not fields.issuperset(arms[0].changes):
+        rule = f"holds a row of arm {row['arm']!r}, which means nothing today; use another --out"
+        raise ValueError(f"out={str(folder)!r}: {rule}")
+    return arms[0]
+
+
+def different(theirs: Mapping[str, Any], today: Mapping[str, Any]) -> str:
+    """The first field in which a row's model is not what its arm means today, and both values; else "".
+
+    What groups alone make use of does not part models without groups.
+    """
+    grouped = any(layer.isdigit() for layer in str(theirs.get("layers")).split())
+    for name in sorted({*theirs, *today} - (set() if grouped else {*GROUPS_ONLY})):
+        mine, own = theirs.get(name, "nothing"), today.get(name, "nothing")
+        if mine != own:
+            return f"{name}={mine!r}, a run of today {own!r}"
+    return ""
 
 
 def parse_arms(text: str) -> list[Arm]:

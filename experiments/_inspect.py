@@ -224,7 +224,7 @@ def layer_report(
         "window_size": layer.window,
         "group_size": layer.group_size,
         "groups": layer.groups,
-        "slots": layer.slots,
+        "slots": {name: replace(layer, grouping=name).slots for name in index},
         "use": None if caught.usage_G is None else _finite(prototype_use(caught.usage_G)),
         "windows": shown,
     }

@@ -137,7 +137,7 @@ function drawCard(group) {
     card.append(make("h2", "", "No group chosen"));
     card.append(make("p", "hint", "Point at a token, a number or the map to see a group; click to keep it."));
     facts(card, [["groups", `${sizes.filter(Boolean).length} of ${layer.groups} used`],
-      ["sizes", `${Math.min(...sizes)} to ${Math.max(...sizes)} tokens, at most ${layer.slots}`]]);
+      ["sizes", `${Math.min(...sizes)} to ${Math.max(...sizes)} tokens, at most ${layer.slots[state.name]}`]]);
     return;
   }
   const members = view.index.flatMap((g, i) => (g === group ? [i] : []));
@@ -152,7 +152,7 @@ function drawCard(group) {
   const common = [...counts].sort((a, b) => b[1] - a[1]).slice(0, 3);
   const near = view.nearest[group];
   facts(card, [
-    ["size", `${members.length} of ${layer.window_size} tokens, at most ${layer.slots}`],
+    ["size", `${members.length} of ${layer.window_size} tokens, at most ${layer.slots[state.name]}`],
     ["coherence", number(view.coherence[group])],
     ["most like", near === null ? "–" : `group ${near}, cosine ${number(view.nearness[group])}`],
     ["holds", common.map(([name, n]) => `${name} ${Math.round((100 * n) / members.length)}%`).join(", ") || "nothing"],

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from _common import environment, write_text
 
-__all__ = ["ROWS", "append_row", "clean", "different", "mean_spread", "provenance", "read_rows"]
+__all__ = ["ROWS", "append_row", "clean", "mean_spread", "provenance", "read_rows"]
 
 ROWS = "rows.jsonl"
 
@@ -36,14 +36,6 @@ def clean(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def different(theirs: dict[str, Any], today: dict[str, Any]) -> str:
-    """The first field in which a row's model is not what its arm means today, and both values; else ""."""
-    for name in sorted({*theirs, *today}):
-        if theirs.get(name) != today.get(name):
-            return f"{name}={theirs.get(name)!r}, a run of today {today.get(name)!r}"
-    return ""
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:

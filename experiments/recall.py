@@ -30,13 +30,13 @@ import time
 from typing import Any
 
 import numpy as np
-from _arms import Arm, parse_arms, slug
+from _arms import Arm, arm_of, different, parse_arms, slug
 from _common import choose_device
 from _dense_start import dense_twin, start_folder
 from _fit import Fitted, fit
 from _recall import Row, Vocabulary, classes, mqar, needle, recalled, scattered, stack
 from _recall_plots import plot_all
-from _rows import append_row, clean, different, provenance
+from _rows import append_row, clean, provenance
 from _script import (
     add_model_arguments,
     add_speed,
@@ -279,14 +279,18 @@ def run_arm(arm: Arm, config: CoGAConfig, args: argparse.Namespace, device: Any)
     }
 
 
+KINDS = {"arm": str, "lengths": list, "mqar": list, "needle": list, "losses": list}  # of a row
+
+
 def same_models(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """ValueError unless every row is of the model that its arm, named or not, means today."""
     for row in rows:
-        if "model" not in row:
+        if not all(isinstance(row.get(name), kind) for name, kind in KINDS.items()):
+            raise ValueError(f"out={str(args.out)!r}: holds rows of another experiment; use another --out")
+        if not isinstance(row.get("model"), dict):
             rule = "says nothing of its model, whose defaults may have been others; use another --out"
             raise ValueError(f"arms={row['arm']!r}: its row in {str(args.out)!r} {rule}")
-        arm = parse_arms(row["arm"])[0]
-        differ = different(row["model"], clean(dataclasses.asdict(config_of(arm, args))))
+        differ = different(row["model"], clean(dataclasses.asdict(config_of(arm_of(row, args.out), args))))
         if differ:
             raise ValueError(
                 f"arms={row['arm']!r}: its row in {str(args.out)!r} has {differ}; use another --out"

@@ -872,10 +872,22 @@ def test_rows_from_before_a_default_changed_are_refused(done, text, tmp_path, re
         assert "far_bias_init=-3.0" in refused([*arguments, "--arms", arm, "--seeds", "2"])
 
 
-def test_a_folder_of_another_experiment_is_refused(text, tmp_path, refused):
+def test_a_default_of_groups_does_not_part_models_without_any():
+    for layers, found in (("near full", ""), ("near 8", "beta=1, a run of today 2")):
+        assert _arms.different({"layers": layers, "beta": 1}, {"layers": layers, "beta": 2}) == found
+    assert _arms.different({"gain_init": None}, {}) == "gain_init=None, a run of today 'nothing'"
+
+
+def test_a_folder_of_another_experiment_is_refused(done, text, tmp_path, refused):
     arguments = [*TINY, "--data", text, "--out", str(tmp_path), "--resume"]
     (tmp_path / "rows.jsonl").write_text('{"arm": "near", "accuracy": 1}\n')
     assert "another experiment" in refused(arguments)
+    whole = json.loads((done / "rows.jsonl").read_text().splitlines()[0])
+    for broken in ({"arm": None}, {"arm": ["near"]}, {"model": None}, {"model": []}, {"metrics": None}):
+        (tmp_path / "rows.jsonl").write_text(json.dumps(whole | broken) + "\n")
+        assert "another experiment" in refused(arguments)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(whole | {"arm": "gumbel:foo=1"}) + "\n")
+    assert "means nothing today" in refused(arguments)
     (tmp_path / "rows.jsonl").write_text("{\n{}\n")
     assert "line 1" in refused(arguments)
     (tmp_path / "rows.jsonl").unlink()

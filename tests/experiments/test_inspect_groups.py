@@ -119,8 +119,9 @@ def test_other_groupings_are_there_and_right(folder, text):
     groupings = report["windows"][0]["groupings"]
     assert list(groupings) == ["gumbel", "contiguous", "random", "kmeans"]
     assert groupings["contiguous"]["index"] == (np.arange(32) // 8).tolist()
-    for view in groupings.values():
-        assert np.bincount(view["index"], minlength=4).max() <= report["slots"] == 12
+    assert report["slots"] == {"gumbel": 12, "contiguous": 8, "random": 8, "kmeans": 12}
+    for name, view in groupings.items():
+        assert np.bincount(view["index"], minlength=4).max() <= report["slots"][name]
         assert sorted(view["hue"]) == [0, 1, 2, 3]
         assert len(view["coherence"]) == len(view["nearest"]) == 4
     inside = {name: means["inside"] for name, means in report["means"].items()}

@@ -195,6 +195,11 @@ def test_resume_keeps_rows_and_adds_the_missing_arm(run, tmp_path):
         assert [row[key] for row in again] == [row[key] for row in before]
 
 
+MALFORMED = [({"arm": None}, "another experiment"), ({"mqar": None}, "another experiment"),
+             ({"model": []}, "says nothing"), ({"arm": "foo"}, "'foo', which means nothing today"),
+             ({"arm": "gumbel,near"}, "means nothing today")]  # fmt: skip
+
+
 @pytest.mark.parametrize("arms", ["gumbel:beta=4", "full"])
 def test_rows_of_other_models_are_refused(arms, run, tmp_path, refused):
     """Of an arm that is asked for, and of another: a default that has changed would part them in silence."""
@@ -211,6 +216,9 @@ def test_rows_of_other_models_are_refused(arms, run, tmp_path, refused):
         del row["model"]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert "says nothing of its model" in refused(again)
+    for broken, expected in MALFORMED:
+        path.write_text(json.dumps(rows[0] | {"model": {}} | broken) + "\n")
+        assert expected in refused(again)
 
 
 def test_an_existing_run_is_left_alone(run, refused):
