@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _arms import Arm, arm_of, different, field_value, parse_arms, parse_integers
+from _arms import Arm, arm_of, check_kinds, check_model, field_value, parse_arms, parse_integers
 from _common import StrictParser, environment, holds_run
 from _dense_start import dense_twin
 from _rows import clean, read_rows
@@ -217,8 +217,7 @@ def same_settings(rows: list[dict[str, Any]], arms: list[Arm], setting: Setting,
     """ValueError unless every row comes from this setting, and what its arm, named or not, means today."""
     wanted, known = clean(dataclasses.asdict(setting)), {arm.text: arm for arm in arms}
     for row in rows:
-        if not all(isinstance(row.get(name), kind) for name, kind in KINDS.items()):
-            raise ValueError(f"out={str(folder)!r}: holds rows of another experiment; use another --out")
+        check_kinds(row, KINDS, folder)
         theirs = row["setting"]
         # Where the text came from does not matter as long as it is the same text.
         for name in wanted:
@@ -227,11 +226,7 @@ def same_settings(rows: list[dict[str, Any]], arms: list[Arm], setting: Setting,
                 raise ValueError(f"{name}={wanted[name]!r}: {rule}")
         arm = known.get(row["arm"]) or arm_of(row, folder)
         model = model_of(arm, setting, row["seed"]) | {"start": start_of(arm, setting)}
-        differ = different(row["model"] | {"start": row.get("start")}, model)
-        if differ:
-            raise ValueError(
-                f"arms={row['arm']!r}: its row in {str(folder)!r} has {differ}; use another --out"
-            )
+        check_model(row, row["model"] | {"start": row.get("start")}, model, folder)
 
 
 def reference_of(asked: str | None, names: list[str]) -> str:

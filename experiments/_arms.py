@@ -25,6 +25,7 @@ from typing import Any
 from _settings import ARMS, GROUPS_ONLY, override
 
 from coga import CoGAConfig
+from coga.config import NAMED_LAYERS
 from coga.models import CoGAGPT
 
 # What an arm may change that goes on from the unchanged model: the rest would leave weights without a start.
@@ -33,6 +34,8 @@ CARRIED = ("sink", "output_gate", "reciprocal", "band", "entropy_weight", *GROUP
 __all__ = [
     "Arm",
     "arm_of",
+    "check_kinds",
+    "check_model",
     "different",
     "field_value",
     "parse_arms",
@@ -169,12 +172,27 @@ def arm_of(row: Mapping[str, Any], folder: Path) -> Arm:
     return arms[0]
 
 
+def check_kinds(row: Mapping[str, Any], kinds: Mapping[str, type], folder: Path) -> None:
+    """ValueError unless the row has these fields, each of its kind."""
+    if not all(isinstance(row.get(name), kind) for name, kind in kinds.items()):
+        raise ValueError(f"out={str(folder)!r}: holds rows of another experiment; use another --out")
+
+
+def check_model(
+    row: Mapping[str, Any], theirs: Mapping[str, Any], today: Mapping[str, Any], folder: Path
+) -> None:
+    """ValueError where the row's model, as it stands there, is `different`."""
+    differ = different(theirs, today)
+    if differ:
+        raise ValueError(f"arms={row['arm']!r}: its row in {str(folder)!r} has {differ}; use another --out")
+
+
 def different(theirs: Mapping[str, Any], today: Mapping[str, Any]) -> str:
     """The first field in which a row's model is not what its arm means today, and both values; else "".
 
     What groups alone make use of does not part models without groups.
     """
-    grouped = any(layer.isdigit() for layer in str(theirs.get("layers")).split())
+    grouped = any(layer not in NAMED_LAYERS for layer in str(theirs.get("layers")).split())
     for name in sorted({*theirs, *today} - (set() if grouped else {*GROUPS_ONLY})):
         mine, own = theirs.get(name, "nothing"), today.get(name, "nothing")
         if mine != own:

@@ -30,10 +30,11 @@ from coga.models.train_graph import GraphedStep
 
 ROWS = "model_speed.json"
 GROUPS = dict(layers="near 32 32 32", latent_dim=64)
+EQUAL = GROUPS | dict(capacity_factor=1.0)  # as bench_attention times them
 ARMS = {
-    "coga": GROUPS | dict(capacity_factor=1.0),  # equal groups, as bench_attention times them
+    "coga": EQUAL,
     "coga-room": GROUPS,  # the default
-    "coga-gated": GROUPS | dict(capacity_factor=1.0, output_gate=True),  # rows before 2026-11-27
+    "coga-gated": EQUAL | dict(output_gate=True),  # rows before 2026-11-27
     "coga-full": dict(layers="full", latent_dim=64),
     "sdpa-mha": dict(layers="mha"),
 }

@@ -30,7 +30,7 @@ import time
 from typing import Any
 
 import numpy as np
-from _arms import Arm, arm_of, different, parse_arms, slug
+from _arms import Arm, arm_of, check_kinds, check_model, parse_arms, slug
 from _common import choose_device
 from _dense_start import dense_twin, start_folder
 from _fit import Fitted, fit
@@ -285,16 +285,12 @@ KINDS = {"arm": str, "lengths": list, "mqar": list, "needle": list, "losses": li
 def same_models(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """ValueError unless every row is of the model that its arm, named or not, means today."""
     for row in rows:
-        if not all(isinstance(row.get(name), kind) for name, kind in KINDS.items()):
-            raise ValueError(f"out={str(args.out)!r}: holds rows of another experiment; use another --out")
+        check_kinds(row, KINDS, args.out)
         if not isinstance(row.get("model"), dict):
             rule = "says nothing of its model, whose defaults may have been others; use another --out"
             raise ValueError(f"arms={row['arm']!r}: its row in {str(args.out)!r} {rule}")
-        differ = different(row["model"], clean(dataclasses.asdict(config_of(arm_of(row, args.out), args))))
-        if differ:
-            raise ValueError(
-                f"arms={row['arm']!r}: its row in {str(args.out)!r} has {differ}; use another --out"
-            )
+        config = config_of(arm_of(row, args.out), args)
+        check_model(row, row["model"], clean(dataclasses.asdict(config)), args.out)
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

@@ -12,12 +12,18 @@ from coga.models import CoGAGPT
 ROOMY = dict(layers="16 full", window=2 * W, capacity_factor=1.5)
 # The default's: twice as many, and more groups than two.
 TWICE = dict(layers="8 full", window=2 * W, capacity_factor=2.0)
+UNGATED = {"output_gate": False}
 
 
 @pytest.mark.parametrize(
     ("grouping", "changes"),
-    [*((name, {}) for name in GROUPINGS), ("gumbel", ROOMY), ("kmeans", TWICE | {"output_gate": False})],
-    ids=[*GROUPINGS, "gumbel-roomy", "kmeans-twice-no-gate"],
+    [
+        *((name, {}) for name in GROUPINGS),
+        ("gumbel", ROOMY),
+        ("random", ROOMY | UNGATED),
+        ("kmeans", TWICE | UNGATED),
+    ],
+    ids=[*GROUPINGS, "gumbel-roomy", "random-roomy-no-gate", "kmeans-twice-no-gate"],
 )
 @pytest.mark.parametrize("selection", READINGS)
 def test_no_leak_and_every_parameter_learns(selection, grouping, changes):
